@@ -149,7 +149,8 @@ def settings_of(target: str, aux: str, args: argparse.Namespace) -> dict:
         "epochs", "batch_size", "weight_decay", "w_target", "w_aux", "w_ssim", "seed", "precision", "limit")}
 
 
-def main() -> None:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line (or `words` in its place), understood; `pairs` is what it asks for."""
     parser = argparse.ArgumentParser(description="Train protective perturbation generators (Algorithm 1): one for each "
                                                  "combination of --target and --aux, finished ones skipped.")
     parser.add_argument("--target", nargs="+", required=True, choices=[*CLASSIFIERS, "all"], metavar="NAME",
@@ -171,26 +172,29 @@ def main() -> None:
     parser.add_argument("--out", default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="train again what is finished, start over what is not")
     add_common_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     targets = [name for name in CLASSIFIERS if name in args.target or "all" in args.target]
     auxes = [name for name in (*CLASSIFIERS, "none") if name in args.aux or "all" in args.aux and name != "none"]
-    pairs = [(target, aux) for target in targets for aux in auxes if target != aux]
-    if not pairs:
+    args.pairs = [(target, aux) for target in targets for aux in auxes if target != aux]
+    if not args.pairs:
         parser.error("a target is never its own auxiliary: name another one, or use --aux none")
+    args.epochs = args.epochs or EPOCHS["cuda" if args.device.startswith("cuda") else "cpu"]
+    return args
 
+
+def main() -> None:
+    args = arguments()
+    pairs = args.pairs
     # Under torchrun every rank takes each WORLD_SIZEth piece of work and only waits for the classifiers of the others.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         if args.device == "cuda":
             args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-    kind = torch.device(args.device).type
     torch.backends.cudnn.benchmark = True
-    default = args.epochs is None
-    args.epochs = args.epochs or EPOCHS.get(kind, EPOCHS["cpu"])
     if rank == 0:
-        note = ", the default without a GPU (the paper's 100: --epochs 100)" if default and kind != "cuda" else ""
-        print(f"{len(pairs)} generator{'s' * (len(pairs) > 1)}, {args.epochs} epochs each{note}", flush=True)
+        print(f"{len(pairs)} generator{'s' * (len(pairs) > 1)}, {args.epochs} epochs each (the paper: {EPOCHS['cuda']}; "
+              f"the default on a CPU: {EPOCHS['cpu']})", flush=True)
         data = load_cifar10(args.data, args.device)
     if world > 1:
         dist.barrier()  # rank 0 alone downloads

@@ -80,11 +80,14 @@ class Generator(nn.Module):
 def save_generator(path: str, generator: nn.Module, meta: dict) -> None:
     """Write a generator's weights and `meta` (plain numbers, strings, lists, dicts), so that `path` is whole or absent.
 
-    Convolution kernels are stored in 16 bits (15 MB instead of 31), everything else in 32.
+    Convolution kernels are stored in 16 bits (15 MB instead of 31), everything else in 32. Raises OSError if it cannot.
     """
-    state = {k: v.half() if v.dim() == 4 else v for k, v in generator.state_dict().items()}
-    torch.save({"generator": state, "meta": meta}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    state = {key: value.half() if value.dim() == 4 else value for key, value in generator.state_dict().items()}
+    try:
+        torch.save({"generator": state, "meta": meta}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
+        raise OSError(f"cannot write {path}: is the disk full, or the folder missing?") from error
 
 
 def load_generator(path: str) -> tuple[Generator, dict]:
