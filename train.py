@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from classifiers import (CLASSIFIERS, add_common_arguments, augment, autocast_dtype, clear_errors, differences,
                          find_classifier, hardware, load_checkpoint, load_cifar10, load_classifier, minutes, positive,
-                         remove, save, shuffled_batches, to_float, train_classifier)
-from evaluate import score
+                         remove, save, shuffled_batches, to_float, train_classifier, write_file)
+from evaluate import fold_batch_norm, score
 from ssim import ssim
 from unet import Generator, load_generator, save_generator
 
@@ -64,9 +64,10 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
     batch_size = min(settings["batch_size"], len(images))
     steps_an_epoch = len(images) // batch_size
 
-    # F_target and F_aux are frozen and in eval mode: gradients pass through them, nothing in them changes.
-    target = load_classifier(target_name, device)
-    aux = None if aux_name == "none" else load_classifier(aux_name, device)
+    # F_target and F_aux are frozen and in eval mode: gradients pass through them, nothing in them changes. That lets
+    # their batch norm be folded away, which leaves the function as it is and makes a step a tenth faster.
+    target = fold_batch_norm(load_classifier(target_name, device))
+    aux = None if aux_name == "none" else fold_batch_norm(load_classifier(aux_name, device))
     torch.manual_seed(seed)
     generator = Generator().to(device, memory_format=torch.channels_last)  # "Randomly initialize U"
     optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=settings["weight_decay"], fused=True)
@@ -124,9 +125,7 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
         if best:
             save_generator(f"{path}.pt", generator, {**settings, **log[-1], "hardware": hardware(device),
                                                      "torch": str(torch.__version__)})
-        with open(f"{path}.jsonl.tmp", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in log)
-        os.replace(f"{path}.jsonl.tmp", f"{path}.jsonl")
+        write_file(f"{path}.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
         save_checkpoint()
         left = sum(line["seconds"] for line in log) / epoch * (epochs - epoch)
         print(f"{name}  epoch {epoch}/{epochs}  loss {means[0]:.3f} (target {means[1]:.3f}, aux {means[2]:.3f}, SSIM "
@@ -193,14 +192,14 @@ def main() -> None:
             args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     torch.backends.cudnn.benchmark = True
     if rank == 0:
-        print(f"{len(pairs)} generator{'s' * (len(pairs) > 1)}, {args.epochs} epochs each (the paper: {EPOCHS['cuda']}; "
-              f"the default on a CPU: {EPOCHS['cpu']})", flush=True)
-        data = load_cifar10(args.data, args.device)
-    if world > 1:
-        dist.barrier()  # rank 0 alone downloads
-    if rank > 0:
+        print(f"{len(pairs)} generator{'s' * (len(pairs) > 1)}, {args.epochs} epochs each "
+              f"(the paper: {EPOCHS['cuda']}; the default on a CPU: {EPOCHS['cpu']})", flush=True)
         data = load_cifar10(args.data, args.device)
     missing = [name for name in CLASSIFIERS if any(name in pair for pair in pairs) and not find_classifier(name)]
+    if world > 1:
+        dist.barrier()  # rank 0 alone downloads, and all have seen the same classifiers missing
+    if rank > 0:
+        data = load_cifar10(args.data, args.device)
     for name in missing[rank::world]:
         print(f"{name} is neither in runs/ nor in weights/ and is trained first; how long it takes follows within a "
               "minute", flush=True)
@@ -208,29 +207,29 @@ def main() -> None:
     if world > 1:
         dist.barrier()
 
-    os.makedirs(args.out, exist_ok=True)
     failed = []
     for target, aux in pairs[rank::world]:
         path, settings = os.path.join(args.out, f"generator-{target}-{aux}"), settings_of(target, aux, args)
         if args.force:
             remove(f"{path}.pt", f"{path}.jsonl", f"{path}.checkpoint")
-        if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
-            changed = differences(load_generator(f"{path}.pt")[1], settings)
-            print(f"{target}-{aux}  skipped: {path}.pt is finished{' with ' * bool(changed)}{changed} "
-                  "(--force trains it again)", flush=True)
-            continue
         try:
-            train_generator(target, aux, data, path, settings, args.device)
-        except FloatingPointError as error:  # one combination that diverges does not stop the others
+            if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
+                changed = differences(load_generator(f"{path}.pt")[1], settings)
+                print(f"{target}-{aux}  skipped: {path}.pt is finished{' with ' * bool(changed)}{changed} "
+                      "(--force trains it again)", flush=True)
+            else:
+                train_generator(target, aux, data, path, settings, args.device)
+        except (FloatingPointError, ValueError) as error:  # one that diverges or is damaged does not stop the others
             print(f"error: {error}", file=sys.stderr, flush=True)
             failed.append(f"{target}-{aux}")
         except KeyboardInterrupt:
             best = f"{path}.pt holds the best epoch so far; " if os.path.exists(f"{path}.pt") else ""
             sys.exit(f"\nstopped in {target}-{aux}: {best}the same command goes on after the last finished epoch")
+    if world > 1:
+        dist.barrier()  # torchrun ends all ranks when one fails
+        dist.destroy_process_group()
     if failed:
         sys.exit(f"error: not trained: {', '.join(failed)}")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

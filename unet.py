@@ -86,8 +86,8 @@ def save_generator(path: str, generator: nn.Module, meta: dict) -> None:
     try:
         torch.save({"generator": state, "meta": meta}, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a full disk
-        raise OSError(f"cannot write {path}: is the disk full, or the folder missing?") from error
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError where the folder is missing or the disk full
+        raise OSError(f"cannot write {path}: is the folder there, and the disk not full?") from error
 
 
 def load_generator(path: str) -> tuple[Generator, dict]:
