@@ -49,8 +49,14 @@ TABLE_3 = {"vgg13_bn": ("1.116", "0.012"), "vgg16_bn": ("1.262", "0.012"), "resn
 
 @torch.no_grad()
 def protect(generator: nn.Module, images: Tensor) -> Tensor:
-    """What leaves the phone: uint8 images (N, 3, H, W) to the generator's output for them, rounded to 8 bits."""
-    return torch.cat([(generator(to_float(image)) * 255).round().to(torch.uint8) for image in images.split(500)])
+    """What leaves the phone: uint8 images (N, 3, H, W) to the generator's output for them, rounded to 8 bits.
+
+    Raises FloatingPointError where that is not a number, which 8 bits would hide.
+    """
+    protected = torch.cat([(generator(to_float(image)) * 255).round() for image in images.split(500)])
+    if protected.isnan().any():
+        raise FloatingPointError("the generator's output is not finite")
+    return protected.to(torch.uint8)
 
 
 @torch.no_grad()
@@ -643,8 +649,12 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, skip
             continue
         print(f"{name}  ({i} of {len(paths)})  protecting and scoring {len(images)} images ...", flush=True)
         target, aux = classifiers[meta["target"]], classifiers.get(meta["aux"])
-        result, protected = evaluate_generator(generator, meta["target"], meta["aux"], classifiers, clean, images,
-                                               labels)
+        try:
+            result, protected = evaluate_generator(generator, meta["target"], meta["aux"], classifiers, clean, images,
+                                                   labels)
+        except FloatingPointError as error:
+            skip(f"{path}: {error}")
+            continue
         result = {"file": path, "target": meta["target"], "aux": meta["aux"], **result, "attack": None,
                   "settings": meta, "finished": not os.path.exists(path.removesuffix(".pt") + ".checkpoint")}
         results["generators"][name] = result

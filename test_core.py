@@ -642,7 +642,7 @@ def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
     few = "resnet18", "mobilenet_v2"
     script = SMALL.replace("script =", f"classifiers.CLASSIFIERS = {{name: 0 for name in {few}}}\nscript =", 1)
     Path("small.py").write_text(script)
-    torchrun = "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     options = {"env": environment(), "capture_output": True, "text": True, "timeout": 600}
     alone = subprocess.run([sys.executable, "small.py", *arguments, "--out", "one"], **options)
     assert alone.returncode == 0, alone.stderr
@@ -662,7 +662,7 @@ def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
     ([*PAIR[1:], "--w-aux", "-1"], 2, ["--w-aux"]),
     ([*PAIR[1:], "--device", "cuda:77"], 2, ["cuda:77"]),
     ([*PAIR[1:], "--precision", "int8"], 2, ["int8"]),
-    ([*PAIR[1:], "--epochs", "1", "--lr", "1e30"], 1, ["not finite", "--lr", "not trained: resnet18-mobilenet_v2"])])
+    ([*PAIR[1:], "--epochs", "2", "--lr", "1e30"], 1, ["not finite", "--lr", "not trained: resnet18-mobilenet_v2"])])
 def test_wrong_arguments_end_in_one_line(small, monkeypatch, capsys, words, code, said):
     got, message = run_main(train, monkeypatch, *words)
     message += capsys.readouterr().err

@@ -114,8 +114,7 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
         validation_loss = (weights[0] * result["target_loss"] - weights[1] * (result["aux_loss"] or 0.0)
                            + weights[2] * result["signed_ssim"])  # Eq. (4) again, on the validation half
         if not math.isfinite(sum(means) + validation_loss):
-            raise FloatingPointError(f"{name}: the loss is not finite in epoch {epoch}: try a lower --lr or "
-                                     f"--precision fp32, with --force (epochs before it are kept in {path}.*)")
+            raise FloatingPointError(f"the loss is not finite in epoch {epoch}")
 
         best = all(validation_loss < line["validation_loss"] for line in log)
         log.append({"epoch": epoch, **dict(zip(("loss", "loss_target", "loss_aux", "loss_ssim"), means)),
@@ -220,7 +219,9 @@ def main() -> None:
             else:
                 train_generator(target, aux, data, path, settings, args.device)
         except (FloatingPointError, ValueError) as error:  # one that diverges or is damaged does not stop the others
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            remedy = ": try a lower --lr or --precision fp32, with --force"
+            print(f"error: {target}-{aux}: {error}{remedy if isinstance(error, FloatingPointError) else ''}",
+                  file=sys.stderr, flush=True)
             failed.append(f"{target}-{aux}")
         except KeyboardInterrupt:
             best = f"{path}.pt holds the best epoch so far; " if os.path.exists(f"{path}.pt") else ""
