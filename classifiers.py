@@ -224,7 +224,7 @@ def clear_errors():
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("\nstopped: what was finished is on disk, and the same command goes on from there")
+        sys.exit("\nstopped: what was finished is on disk")
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {first_line(error)}")
 
@@ -235,6 +235,8 @@ def write_file(path: str, content: bytes) -> None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(f"{path}.tmp", "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except OSError as error:
         remove(f"{path}.tmp")
@@ -357,8 +359,9 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
     Raises FloatingPointError on a loss that is not finite, ValueError where the unfinished run had other settings.
     """
     epochs = epochs or default_epochs(device)
+    kind, dtype = torch.device(device).type, autocast_dtype(device, precision)
     settings = {"name": name, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
-                "seed": seed, "precision": precision, "limit": limit}
+                "seed": seed, "precision": str(dtype).removeprefix("torch."), "limit": limit}
     images, labels = data["train"][0][:limit], data["train"][1][:limit]
     batch_size = min(batch_size, len(images))
     steps_an_epoch = len(images) // batch_size
@@ -366,9 +369,9 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
 
     torch.manual_seed(seed)
     model = build_classifier(name).to(device)
+    # Not fused in fp16: where the scaler skips the very first step, fused SGD goes on with momentum that was never set.
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay,
-                                fused=True)
-    kind, dtype = torch.device(device).type, autocast_dtype(device, precision)
+                                fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     done, seconds = 0, 0.0
     checkpoint = f"runs/{name}.checkpoint"
@@ -398,7 +401,8 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
             total_loss += loss.detach()
         mean_loss = float(total_loss) / steps_an_epoch
         if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"{name}: the loss is not finite in epoch {epoch}: use a lower --lr, with --force")
+            raise FloatingPointError(f"{name}: the loss is not finite in epoch {epoch}: run python classifiers.py "
+                                     f"--arch {name} --force with a lower --lr")
         seconds += time.monotonic() - start
         speed = len(images) / (time.monotonic() - start)
         save(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -440,10 +444,13 @@ def main() -> None:
         if args.force:
             remove(f"runs/{name}.pt", f"runs/{name}.checkpoint")
         if os.path.exists(f"runs/{name}.pt"):
-            print(f"{name} is finished: runs/{name}.pt (--force trains it again)")
+            print(f"{name}  skipped: runs/{name}.pt is there (--force trains it again)")
             continue
-        train_classifier(name, data, args.device, args.epochs, args.batch_size, args.lr, args.weight_decay, args.seed,
-                         args.precision, args.limit)
+        try:
+            train_classifier(name, data, args.device, args.epochs, args.batch_size, args.lr, args.weight_decay,
+                             args.seed, args.precision, args.limit)
+        except KeyboardInterrupt:
+            sys.exit(f"\nstopped in {name}: the same command, without --force, goes on after the last finished epoch")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,13 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
 
     Raises FloatingPointError where that is not a number, which 8 bits would hide.
     """
-    protected = torch.cat([(generator(to_float(image)) * 255).round() for image in images.split(500)])
-    if protected.isnan().any():
-        raise FloatingPointError("the generator's output is not finite")
-    return protected.to(torch.uint8)
+    batches = []
+    for image in images.split(500):
+        protected = generator(to_float(image))
+        if protected.isnan().any():
+            raise FloatingPointError("the generator's output is not finite")
+        batches.append((protected * 255).round().to(torch.uint8))
+    return torch.cat(batches)
 
 
 @torch.no_grad()
@@ -372,7 +375,7 @@ def milliseconds(network: nn.Module, batch: int, device: str) -> float:
     x = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None  # a GPU works on after the call returns
     times, warm_up = [], 2 if device == "cpu" else 20
-    while len(times) < warm_up + 3 or sum(times) < 1:
+    while len(times) < warm_up + 3 or sum(times[warm_up:]) < 1:
         wait()
         start = time.perf_counter()
         network(x)
@@ -618,7 +621,16 @@ def own_pictures(args: argparse.Namespace, path: str, skip) -> None:
               flush=True)
 
 
-def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, skip) -> None:
+def earlier_results(out: str) -> dict:
+    """What results.json holds from an earlier run: its attacks and its timing cost too much to be thrown away."""
+    try:
+        with open(f"{out}/results.json") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {"generators": {}, "timing": {}}
+
+
+def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, earlier: dict, skip) -> None:
     """Fill results["generators"] and write everything that is drawn, after each generator."""
     data = load_cifar10(args.data, args.device)
     images, labels = data["test"]
@@ -644,7 +656,7 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, skip
             continue
         for role in ("aux", "target"):
             if meta[role] not in (*classifiers, "none"):
-                skip(f"{name}: no trained {role} classifier: run python classifiers.py --arch {meta[role]}")
+                skip(f"{role} of {name}, not on disk: run python classifiers.py --arch {meta[role]}")
         if meta["target"] not in classifiers:
             continue
         print(f"{name}  ({i} of {len(paths)})  protecting and scoring {len(images)} images ...", flush=True)
@@ -655,7 +667,9 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, skip
         except FloatingPointError as error:
             skip(f"{path}: {error}")
             continue
-        result = {"file": path, "target": meta["target"], "aux": meta["aux"], **result, "attack": None,
+        before = earlier.get(name, {})
+        result = {"file": path, "target": meta["target"], "aux": meta["aux"], **result,
+                  "attack": before.get("attack") if before.get("settings") == meta else None,
                   "settings": meta, "finished": not os.path.exists(path.removesuffix(".pt") + ".checkpoint")}
         results["generators"][name] = result
         entries = list(results["generators"].values())
@@ -702,6 +716,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.image and (args.timing or args.attack):
         parser.error("--image only protects pictures: run --timing and --attack without it")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a GPU too
     args.attack_epochs = args.attack_epochs or (20 if args.device.startswith("cuda") else 1)
     skipped = 0
 
@@ -717,13 +732,15 @@ def main() -> None:
     if args.image:
         own_pictures(args, paths[0], skip)
     else:
-        results = {"generators": {}, "summary": None, "unrelated": None, "clean": {}, "timing": {}, "seed": args.seed,
-                   "device": args.device, "hardware": hardware(args.device), "arguments": vars(args), "versions": {
+        earlier = earlier_results(args.out)
+        results = {"generators": {}, "summary": None, "unrelated": None, "clean": {}, "timing": earlier["timing"],
+                   "seed": args.seed, "device": args.device, "hardware": hardware(args.device),
+                   "arguments": vars(args), "versions": {
                        "python": sys.version.split()[0], "torch": str(torch.__version__),
                        "torchvision": str(torchvision.__version__), "numpy": np.__version__,
                        "pillow": Image.__version__}}
         if paths:
-            evaluate_all(args, paths, results, skip)
+            evaluate_all(args, paths, results, earlier["generators"], skip)
         if args.timing:
             results["timing"] = time_networks()
         if results["generators"] or results["timing"]:

@@ -32,8 +32,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from classifiers import (CLASSES, CLASSIFIERS, accuracy, clear_errors, first_line, hardware, load_cifar10,
                          load_classifier, positive, to_float, write_file)
-from evaluate import find_generators, milliseconds, score
-from unet import Generator, load_generator
+from evaluate import find_generators, milliseconds, open_generator, score, stem_of
+from unet import Generator
 
 PAPER_PHONE = "10.52 to 10.84"  # Table 3, last column: milliseconds an image on the paper's smartphone
 BYTECODE = 8  # the newest bytecode that the files may have: pytorch_android_lite 1.13.1 and 2.1.0 read it
@@ -49,7 +49,7 @@ def best_generator() -> str:
     if not paths:
         raise FileNotFoundError("no generator in runs/ or weights/: run python train.py --target vgg13_bn --aux "
                                 "resnet18")
-    return min(paths, key=lambda path: load_generator(path)[1].get("validation_loss", math.inf))
+    return min(paths, key=lambda path: open_generator(path, "cpu")[1].get("validation_loss", math.inf))
 
 
 # --- The file for the phone -------------------------------------------------------------------------------------------
@@ -74,9 +74,12 @@ class ConvTranspose2d16(Stored16, nn.ConvTranspose2d):
     pass
 
 
-def fold_batch_norm(generator: Generator) -> Generator:
-    """A copy of a generator in eval mode, each batch norm folded into the convolution before it: the same function."""
-    generator = copy.deepcopy(generator).requires_grad_(False)
+def folded(generator: Generator) -> Generator:
+    """A copy of a generator in eval mode, each batch norm folded into the convolution before it: the same function.
+
+    In place in the modules, so that their names and the file stay plain, where evaluate.py's traces a new one.
+    """
+    generator = copy.deepcopy(generator).requires_grad_(False).to(memory_format=torch.contiguous_format)
     for block in generator.modules():
         if isinstance(block, nn.Sequential):
             for i, layer in enumerate(block):
@@ -92,7 +95,7 @@ def export(generator: Generator, path: str, half: bool = False) -> None:
     is built in. Scripted rather than traced, so that the file takes any H and W from 16 up, as the generator does.
     `half` stores the weights in 16 bits. Raises RuntimeError if this PyTorch writes bytecode too new for the phone.
     """
-    generator = fold_batch_norm(generator)
+    generator = folded(generator)
     if half:
         for layer in generator.modules():
             layer.__class__ = {nn.Conv2d: Conv2d16, nn.ConvTranspose2d: ConvTranspose2d16}.get(type(layer), type(layer))
@@ -115,7 +118,7 @@ def load_phone_file(path: str):
         return torch.no_grad()(_load_for_lite_interpreter(path))
 
 
-def differences(a: list[Tensor], b: list[Tensor]) -> dict:
+def compare(a: list[Tensor], b: list[Tensor]) -> dict:
     """Between two lists of batches in [0, 1]: the largest difference, and the percent of 8-bit values that differ."""
     a, b = torch.cat(a), torch.cat(b)
     return {"largest_difference": (a - b).abs().max().item(),
@@ -142,7 +145,7 @@ def check(path: str, generator: Generator, target: nn.Module, images: Tensor, la
             "operators": sorted(_get_model_ops_and_info(path)), "images": len(images),
             "clean_accuracy": accuracy(target, images, labels),
             "through_generator": generator_score, "through_file": file_score,
-            "32x32": differences(by_generator, by_file), "37x50": differences([generator(odd)], [phone(odd)]),
+            "32x32": compare(by_generator, by_file), "37x50": compare([generator(odd)], [phone(odd)]),
             "milliseconds_an_image": time_an_image,
             "torch": str(torch.__version__), "hardware": hardware("cpu")}
 
@@ -381,12 +384,8 @@ def main() -> None:
     target_name = args.target
     if not (args.serve and target_name):  # a service needs to know its target, no generator
         path = args.generator or best_generator()
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"there is no {path}: name another --generator, or train one with train.py")
-        generator, meta = load_generator(path)
-        target_name = target_name or meta.get("target")
-        if target_name is None:
-            raise ValueError(f"{path} does not say which target it was trained for: name it with --target")
+        generator, meta = open_generator(path, "cpu")
+        target_name = target_name or meta["target"]
     target = load_classifier(target_name)
     if args.serve:
         try:
@@ -394,8 +393,7 @@ def main() -> None:
         except KeyboardInterrupt:
             return print("stopped")
 
-    name = os.path.splitext(os.path.basename(path))[0]
-    out = args.out or f"runs/{name}{'-half' * args.half}.ptl"
+    out = args.out or f"runs/{stem_of(path)}{'-half' * args.half}.ptl"
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     images, labels = (part[:args.images or (1000 if args.demo else 5000)] for part in load_cifar10(args.data)["test"])
     export(generator, out, args.half)

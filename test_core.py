@@ -999,11 +999,13 @@ def test_export_reports(toy, monkeypatch, capsys):
 def test_default_generator_has_the_lowest_validation_loss(toy):
     os.mkdir("weights")
     generator = Generator()
-    save_generator("weights/generator-resnet18-none.pt", generator, {"validation_loss": 0.5})
+    alone = {"target": "resnet18", "aux": "none"}
+    save_generator("weights/generator-resnet18-none.pt", generator, alone | {"validation_loss": 0.5})
     assert export_mobile.best_generator() == "weights/generator-resnet18-none.pt"
-    save_generator("weights/generator-resnet18-mobilenet_v2.pt", generator, {"validation_loss": 0.1})  # hidden by runs/
+    hidden = {"target": "resnet18", "aux": "mobilenet_v2", "validation_loss": 0.1}  # by its namesake in runs/
+    save_generator("weights/generator-resnet18-mobilenet_v2.pt", generator, hidden)
     assert export_mobile.best_generator() == "weights/generator-resnet18-none.pt"
-    save_generator("runs/generator-vgg13_bn-none.pt", generator, {})
+    save_generator("runs/generator-vgg13_bn-none.pt", generator, alone)
     assert export_mobile.best_generator() == "weights/generator-resnet18-none.pt"
 
 
@@ -1021,7 +1023,7 @@ def test_phone_errors_are_one_line(toy, monkeypatch, capsys):
                                 ("not allowed with", "--serve", "--demo"), ("positive int", "--images", "0"),
                                 ("positive float", "--seconds", "nan"), ("invalid choice", "--target", "alexnet")):
         fails(2, message, *arguments)
-    fails(1, "there is no nothing.pt", "--generator", "nothing.pt")
+    fails(1, "no such file: nothing.pt", "--generator", "nothing.pt")
     with open("damaged.pt", "wb") as file:
         file.write(b"PK\3\4 and no more")
     fails(1, "damaged.pt is damaged or not a generator", "--generator", "damaged.pt")
@@ -1032,7 +1034,7 @@ def test_phone_errors_are_one_line(toy, monkeypatch, capsys):
         fails(1, f"cannot serve on 127.0.0.1:{port}", "--serve", "--target", "mobilenet_v2", "--port", port)
     fails(1, f"no answer from 127.0.0.1:{port}", "--demo", "--connect", f"127.0.0.1:{port}", "--images", "2")
     save_generator("runs/generator-resnet18-mobilenet_v2.pt", Generator(), {})
-    fails(1, "does not say which target it was trained for", "--demo")
+    fails(1, "does not say which classifiers it was trained with", "--demo")
     os.remove("runs/generator-resnet18-mobilenet_v2.pt")
     fails(1, "no generator in runs/ or weights/", "--serve")
 

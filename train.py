@@ -31,8 +31,8 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
                     w_target: float = 1.0, w_aux: float = 1.0, w_ssim: float = 0.5) -> Tensor:
     """(4,): Loss, Loss_target, Loss_aux, Loss_SI of Section 3.3; the first is what training minimises.
 
-    x and protected are (N, 3, H, W) in [0, 1], the logits (N, 10), the labels (N,). Without an auxiliary model
-    (aux_logits None) Loss_aux is 0.
+    w_ssim is the paper's omega_SI; the default weights are those of Section 4.1.3. x and protected are (N, 3, H, W)
+    in [0, 1], the logits (N, 10), the labels (N,). Without an auxiliary model (aux_logits None) Loss_aux is 0.
     """
     loss_target = F.cross_entropy(target_logits.float(), labels)  # Eq. (1)
     loss_aux = torch.zeros_like(loss_target)
@@ -71,7 +71,7 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
     torch.manual_seed(seed)
     generator = Generator().to(device, memory_format=torch.channels_last)  # "Randomly initialize U"
     optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=settings["weight_decay"], fused=True)
-    kind, dtype = torch.device(device).type, autocast_dtype(device, settings["precision"])
+    kind, dtype = torch.device(device).type, getattr(torch, settings["precision"])
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     log = []
 
@@ -79,6 +79,7 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
         save(f"{path}.checkpoint", {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
                                     "scaler": scaler.state_dict(), "log": log, "settings": settings})
 
+    print(f"{name}  target {find_classifier(target_name)}, auxiliary {aux and find_classifier(aux_name)}", flush=True)
     if state := load_checkpoint(f"{path}.checkpoint", settings):
         generator.load_state_dict(state["generator"])
         optimizer.load_state_dict(state["optimizer"])
@@ -109,7 +110,7 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
             sums += terms.detach()  # stays on the device: nothing waits for the GPU inside an epoch
         means = (sums / steps_an_epoch).tolist()
         speed = steps_an_epoch * batch_size / (time.monotonic() - start)
-        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):  # quicker; evaluate.py reports in float32
             result = score(generator.eval(), target, aux, *data["validation"])
         validation_loss = (weights[0] * result["target_loss"] - weights[1] * (result["aux_loss"] or 0.0)
                            + weights[2] * result["signed_ssim"])  # Eq. (4) again, on the validation half
@@ -141,10 +142,11 @@ def report(result: dict) -> str:
 
 
 def settings_of(target: str, aux: str, args: argparse.Namespace) -> dict:
-    """All that decides how one generator turns out: runs with the same settings are the same run."""
+    """All that decides, with the two classifiers on disk, how one generator turns out."""
     lr = args.lr or (0.001 if (target, aux) == ("googlenet", "vgg13_bn") else 0.005)  # Section 4.1.3
-    return {"target": target, "aux": aux, "lr": lr} | {key: getattr(args, key) for key in (
-        "epochs", "batch_size", "weight_decay", "w_target", "w_aux", "w_ssim", "seed", "precision", "limit")}
+    precision = str(autocast_dtype(args.device, args.precision)).removeprefix("torch.")
+    return {"target": target, "aux": aux, "lr": lr, "precision": precision} | {key: getattr(args, key) for key in (
+        "epochs", "batch_size", "weight_decay", "w_target", "w_aux", "w_ssim", "seed", "limit")}
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -158,7 +160,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=positive(int),
                         help=f"(default: {EPOCHS['cuda']} on a GPU, as in the paper, {EPOCHS['cpu']} on a CPU)")
     parser.add_argument("--limit", type=positive(int),
-                        help="train on the first LIMIT images only, for a quick look (default: all)")
+                        help="train on the first LIMIT images only, for a quick look (default: all; a missing "
+                             "classifier is trained on all the same)")
     parser.add_argument("--batch-size", type=positive(int), default=256, help="(default: %(default)s)")
     parser.add_argument("--lr", type=positive(float), help="highest learning rate (default: the paper's 0.005, and "
                                                            "0.001 for target googlenet with auxiliary vgg13_bn)")
@@ -181,14 +184,14 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
-    pairs = args.pairs
     # Under torchrun every rank takes each WORLD_SIZEth piece of work and only waits for the classifiers of the others.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())  # what "cuda" means
+    args = arguments()
+    pairs = args.pairs
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
-        if args.device == "cuda":
-            args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     torch.backends.cudnn.benchmark = True
     if rank == 0:
         print(f"{len(pairs)} generator{'s' * (len(pairs) > 1)}, {args.epochs} epochs each "
@@ -202,7 +205,7 @@ def main() -> None:
     for name in missing[rank::world]:
         print(f"{name} is neither in runs/ nor in weights/ and is trained first; how long it takes follows within a "
               "minute", flush=True)
-        train_classifier(name, data, args.device)
+        train_classifier(name, data, args.device, seed=args.seed, precision=args.precision)
     if world > 1:
         dist.barrier()
 
@@ -225,7 +228,8 @@ def main() -> None:
             failed.append(f"{target}-{aux}")
         except KeyboardInterrupt:
             best = f"{path}.pt holds the best epoch so far; " if os.path.exists(f"{path}.pt") else ""
-            sys.exit(f"\nstopped in {target}-{aux}: {best}the same command goes on after the last finished epoch")
+            sys.exit(f"\nstopped in {target}-{aux}: {best}the same command, without --force, goes on "
+                     "after the last finished epoch")
     if world > 1:
         dist.barrier()  # torchrun ends all ranks when one fails
         dist.destroy_process_group()
