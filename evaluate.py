@@ -631,7 +631,10 @@ def earlier_results(out: str) -> dict:
 
 
 def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, earlier: dict, skip) -> None:
-    """Fill results["generators"] and write everything that is drawn, after each generator."""
+    """Fill results["generators"] and write everything that is drawn, after each generator.
+
+    An attack in the `earlier` results is kept while the generator's settings are the same.
+    """
     data = load_cifar10(args.data, args.device)
     images, labels = data["test"]
     results["unrelated"] = {"ssim": mean_of(lambda x, y: ssim(x, y).abs(), images, images.roll(1, 0)),

@@ -588,7 +588,7 @@ def test_interrupt_says_what_is_on_disk(workplace):
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait() == 1 and "Traceback" not in error
-    assert "generator-resnet18-mobilenet_v2.pt holds the best epoch so far; the same command goes on" in error
+    assert "generator-resnet18-mobilenet_v2.pt holds the best epoch so far; the same command" in error
     load_generator("runs/generator-resnet18-mobilenet_v2.pt")
 
 
