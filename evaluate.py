@@ -237,10 +237,6 @@ def tables(results: dict) -> str:
 BLACK, GREEN, RED, GREY = (0, 0, 0), (0, 110, 40), (190, 20, 20), (110, 110, 110)
 
 
-def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
 def picture(image: Tensor, scale: int = 3) -> Image.Image:
     """A uint8 image (3, H, W) to a Pillow picture, every pixel a square of `scale` x `scale`."""
     rgb = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
@@ -249,7 +245,7 @@ def picture(image: Tensor, scale: int = 3) -> Image.Image:
 
 def draw_sheet(title: list[str], rows: list[tuple[str, list]]) -> Image.Image:
     """Lines of title above rows of cells: (label, cells), where a cell is a picture or (text, colour)."""
-    gap, title_font, text_font = 6, font(24), font(18)
+    gap, title_font, text_font = 6, ImageFont.load_default(24), ImageFont.load_default(18)
     cell = max(cell.width for _, cells in rows for cell in cells if isinstance(cell, Image.Image))
     left = gap + int(max(text_font.getlength(label) for label, _ in rows)) + 2 * gap
     heights = [max(cell.height if isinstance(cell, Image.Image) else 22 for cell in cells) for _, cells in rows]
@@ -320,7 +316,8 @@ def draw_heatmaps(panels: list[tuple[str, dict, int]]) -> Image.Image:
 
     Dark is high; the baselines ("originals") have no colour; pairs that were not trained are empty.
     """
-    left, row_height, title_font, text_font = 150, 34, font(20), font(16)
+    left, row_height, title_font, text_font = 150, 34, ImageFont.load_default(20), ImageFont.load_default(16)
+    small = ImageFont.load_default(15)
     heights = [row_height * (len(axes(cells)[0]) + 2) + 30 for _, cells, _ in panels]
     image = Image.new("RGB", (900, sum(heights)), "white")
     draw, y = ImageDraw.Draw(image), 0
@@ -333,7 +330,7 @@ def draw_heatmaps(panels: list[tuple[str, dict, int]]) -> Image.Image:
         draw.text((10, y + 1.5 * row_height + 10), "target \\ auxiliary", GREY, text_font, anchor="lm")
         for j, aux in enumerate(auxes):
             name = aux.replace("_", "\n_").replace("121", "\n121")  # long names in two lines: the columns are narrow
-            draw.text((left + (j + 0.5) * width, y + 1.5 * row_height + 8), name, BLACK, font(15), anchor="mm",
+            draw.text((left + (j + 0.5) * width, y + 1.5 * row_height + 8), name, BLACK, small, anchor="mm",
                       align="center", spacing=1)
         for i, target in enumerate(targets):
             top = y + (i + 2) * row_height + 10

@@ -184,7 +184,6 @@ def test_ssim_is_float32_under_autocast(data):
     x, y = pairs_of_images(data)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert ssim(x, y).dtype == torch.float32
-        assert torch.equal(ssim(x, y), ssim(x, y.clone()))
         inside = ssim(x, y)
     assert torch.equal(inside, ssim(x, y))
 
