@@ -20,7 +20,9 @@ import sys
 import tarfile
 import tempfile
 import time
+import traceback
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -101,7 +103,7 @@ def load_cifar10(root: str = "data", device: str = "cpu") -> dict[str, tuple[Ten
                     raise ValueError(f"{name} do not have the right SHA-256 sum")
             break
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, tarfile.TarError, zipfile.BadZipFile,
-                pickle.UnpicklingError, subprocess.SubprocessError) as error:
+                pickle.UnpicklingError, subprocess.SubprocessError, zlib.error) as error:
             print(f"CIFAR-10 {source.__name__.replace('_', ' ')} failed: {first_line(error)}", file=sys.stderr)
     else:
         raise OSError(f"no CIFAR-10: put cifar-10-python.tar.gz (from the data set's home page) or "
@@ -188,6 +190,14 @@ def find_classifier(name: str) -> str | None:
     return next((path for path in (f"runs/{name}.pt", f"weights/{name}.pt") if os.path.exists(path)), None)
 
 
+def fingerprint(path: str | None) -> str | None:
+    """The first 12 hex digits of a file's SHA-256: by it a generator knows the classifiers it was trained with."""
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
 def load_classifier(name: str, device: str = "cpu") -> nn.Module:
     """A trained classifier, frozen, in eval mode, on `device`: our file or a bare state_dict as of the paper's [35].
 
@@ -212,6 +222,131 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * right.item() / len(labels)
 
 
+# --- Training a classifier --------------------------------------------------------------------------------------------
+
+def default_epochs(device: str) -> int:
+    return 60 if device.startswith("cuda") else 16
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum made orthogonal, for convolutions that batch norm follows (Keller Jordan, "Muon", 2024).
+
+    A kernel (out, in, h, w) is seen as a matrix (out, in * h * w) and steps by about the orthogonal matrix nearest to
+    its momentum: the rare directions of the gradient are learnt as fast as the common ones. Its length, which batch
+    norm takes away again, stays at sqrt(out). So `lr` is the relative size of a step, or less where out > in * h * w.
+    """
+
+    def __init__(self, kernels, lr: float, momentum: float = 0.9, dtype: torch.dtype = torch.float32):
+        super().__init__(kernels, {"lr": lr, "momentum": momentum})
+        self.dtype = dtype  # of the matrix products
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for kernel in group["params"]:
+                state = self.state[kernel]
+                if not state:
+                    state["momentum"] = torch.zeros_like(kernel)
+                momentum = state["momentum"].mul_(group["momentum"]).add_(kernel.grad)
+                update = kernel.grad.add(momentum, alpha=group["momentum"]).permute(0, 2, 3, 1)  # as it lies in memory
+                update = self.orthogonal(update.flatten(1)).view(update.shape).permute(0, 3, 1, 2)
+                kernel.mul_(len(kernel) ** 0.5 / kernel.norm()).sub_(update, alpha=group["lr"])
+
+    def orthogonal(self, matrix: Tensor) -> Tensor:
+        """Five Newton-Schulz steps: the singular values all come near 1, the singular vectors stay."""
+        x = (matrix / (matrix.norm() + 1e-7)).to(self.dtype)
+        if tall := len(x) > x.shape[1]:
+            x = x.T
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        return x.T if tall else x
+
+
+def train_classifier(name: str, data: dict, device: str, epochs: int | None = None, batch_size: int = 256,
+                     lr: float = 0.06, weight_decay: float = 1e-3, seed: int = 0, precision: str = "auto",
+                     limit: int | None = None) -> None:
+    """Train a classifier on CIFAR-10's training images and write runs/NAME.pt; `limit` takes the first of all images.
+
+    Muon for the convolutions, Nesterov SGD for the rest, one-cycle learning rate, label smoothing. The schedule is
+    fixed and the last weights are the result: no test or validation image decides anything. After a stop, the same
+    call goes on from the last finished epoch.
+    Raises FloatingPointError on a loss that is not finite, ValueError where the unfinished run had other settings.
+    """
+    epochs = epochs or default_epochs(device)
+    kind, dtype = torch.device(device).type, autocast_dtype(device, precision)
+    settings = {"name": name, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
+                "seed": seed, "precision": str(dtype).removeprefix("torch."), "limit": limit}
+    (images, labels), validation_half = ([part[:limit] for part in data[half]] for half in ("train", "validation"))
+    batch_size = min(batch_size, len(images))
+    steps_an_epoch = len(images) // batch_size
+    steps, warmup = epochs * steps_an_epoch, 0.2 * epochs * steps_an_epoch
+
+    torch.manual_seed(seed)
+    model = faster_convolutions(build_classifier(name).to(device))
+    kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
+    rest = [parameter for parameter in model.parameters() if parameter.dim() < 4]
+    # Not fused in fp16: where the scaler skips the very first step, fused SGD goes on with momentum that was never set.
+    optimizers = (Muon(kernels, lr, dtype=dtype),
+                  torch.optim.SGD(rest, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay,
+                                  fused=dtype != torch.float16))
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    done, seconds = 0, 0.0
+    checkpoint = f"runs/{name}.checkpoint"
+    if state := load_checkpoint(checkpoint, settings):
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+        done, seconds = state["epoch"], state["seconds"]
+        print(f"{name}  going on after epoch {done}/{epochs}", flush=True)
+
+    for epoch in range(done + 1, epochs + 1):
+        torch.manual_seed(1000 * seed + epoch)  # an epoch's randomness is its own: a resumed run equals an unbroken one
+        start, total_loss = time.monotonic(), 0.0
+        model.train()
+        batches = shuffled_batches(len(images), batch_size, device, name, epoch, epochs)
+        for step, batch in enumerate(batches, (epoch - 1) * steps_an_epoch):
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                # One cycle: up in a line, then down in a line to zero.
+                group["lr"] = lr * min((step + 1) / warmup, (steps - step) / (steps - warmup))
+            x = to_float(augment(images[batch]))
+            with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad()
+            total_loss += loss.detach()
+        mean_loss = float(total_loss) / steps_an_epoch
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"{name}: the loss is not finite in epoch {epoch}: run python classifiers.py "
+                                     f"--arch {name} --force with a lower --lr")
+        seconds += time.monotonic() - start
+        speed = len(images) / (time.monotonic() - start)
+        save(checkpoint, {"model": model.state_dict(), "scaler": scaler.state_dict(), "epoch": epoch,
+                          "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                          "seconds": seconds, "settings": settings})
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            validation = accuracy(model.eval(), *validation_half)
+        print(f"{name}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}  validation {validation:.2f}%  "
+              f"{speed:.0f} images/s  {minutes(seconds / epoch * (epochs - epoch))} left", flush=True)
+
+    # Kernels and matrices are stored in 16 bits; the accuracy is that of the stored weights.
+    weights = {key: value.half() if value.dim() > 1 else value for key, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    test_images, test_labels = (torch.cat(parts)[:limit] for parts in zip(data["validation"], data["test"]))
+    score = accuracy(model.eval(), test_images, test_labels)
+    meta = {**settings, "accuracy": score, "minutes": seconds / 60, "hardware": hardware(device),
+            "torch": str(torch.__version__)}
+    save(f"runs/{name}.pt", {"classifier": weights, "meta": meta})
+    os.remove(checkpoint)
+    print(f"{name}  {score:.2f}% of {len(test_labels):,} test images (the paper: {CLASSIFIERS[name]:.2f}%)  {epochs} "
+          f"epochs, {minutes(seconds)}  -> runs/{name}.pt", flush=True)
+
+
 # --- What every script here needs to run ------------------------------------------------------------------------------
 
 def first_line(error: BaseException) -> str:
@@ -225,8 +360,11 @@ def clear_errors():
         yield
     except KeyboardInterrupt:
         sys.exit("\nstopped: what was finished is on disk")
-    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {first_line(error)}")
+    except RuntimeError as error:  # torch's own, no memory for instance: where it arose helps as much as what it says
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        sys.exit(f"error: {first_line(error)} ({os.path.basename(frame.filename)}, line {frame.lineno})")
 
 
 def write_file(path: str, content: bytes) -> None:
@@ -254,6 +392,32 @@ def remove(*paths: str) -> None:
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
+
+
+class MatmulConv2d(nn.Conv2d):
+    """nn.Conv2d for training on a CPU: as one matrix product where the map is at most 4 x 4, where oneDNN is slow.
+
+    The same function of (N, C, H, W). On such maps a 512 x 512 convolution's gradients come about 5 times as fast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.shape[2] * x.shape[3] > 16:
+            return super().forward(x)
+        (rows, columns), (down, right), (top, left) = self.kernel_size, self.stride, self.padding
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))  # (N, H, W, C), as it lies in memory
+        bottoms, ends = x.shape[1] - rows + 1, x.shape[2] - columns + 1
+        patches = torch.cat([x[:, i:i + bottoms:down, j:j + ends:right]
+                             for i in range(rows) for j in range(columns)], 3)
+        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def faster_convolutions(model: nn.Module) -> nn.Module:
+    """`model` itself, its convolutions replaced by MatmulConv2d: names, weights and function stay as they are."""
+    for module in model.modules():
+        if (type(module) is nn.Conv2d and module.kernel_size != (1, 1) and module.groups == 1
+                and module.dilation == (1, 1) and module.padding_mode == "zeros"):
+            module.__class__ = MatmulConv2d
+    return model
 
 
 def autocast_dtype(device: str, precision: str = "auto") -> torch.dtype:
@@ -317,8 +481,9 @@ def hardware(device: str) -> str:
     """The name of the processor, for the record beside a result."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    bf16 = " with avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else ""
-    return f"{torch.get_num_threads()} CPU threads{bf16}"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    return (f"{torch.get_num_threads()} CPU threads with "
+            f"{'avx512_bf16' if has_bf16 else torch.backends.cpu.get_cpu_capability().lower()}")
 
 
 def minutes(seconds: float) -> str:
@@ -343,103 +508,26 @@ def shuffled_batches(n: int, batch_size: int, device: str, name: str, epoch: int
             print(f"\x1b[K{line}" if moving else line, end="\r" if moving else "\n", flush=True)
 
 
-# --- Training a classifier --------------------------------------------------------------------------------------------
-
-def default_epochs(device: str) -> int:
-    return 60 if device.startswith("cuda") else 16
-
-
-def train_classifier(name: str, data: dict, device: str, epochs: int | None = None, batch_size: int = 128,
-                     lr: float = 0.05, weight_decay: float = 1e-3, seed: int = 0, precision: str = "auto",
-                     limit: int | None = None) -> None:
-    """Train a classifier on CIFAR-10's training images (all, or the first `limit`) and write runs/NAME.pt.
-
-    Nesterov SGD, one-cycle learning rate, label smoothing. The schedule is fixed and the last weights are the result:
-    no test or validation image decides anything. After a stop, the same call goes on from the last finished epoch.
-    Raises FloatingPointError on a loss that is not finite, ValueError where the unfinished run had other settings.
-    """
-    epochs = epochs or default_epochs(device)
-    kind, dtype = torch.device(device).type, autocast_dtype(device, precision)
-    settings = {"name": name, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
-                "seed": seed, "precision": str(dtype).removeprefix("torch."), "limit": limit}
-    images, labels = data["train"][0][:limit], data["train"][1][:limit]
-    batch_size = min(batch_size, len(images))
-    steps_an_epoch = len(images) // batch_size
-    steps, warmup = epochs * steps_an_epoch, 0.2 * epochs * steps_an_epoch
-
-    torch.manual_seed(seed)
-    model = build_classifier(name).to(device)
-    # Not fused in fp16: where the scaler skips the very first step, fused SGD goes on with momentum that was never set.
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay,
-                                fused=dtype != torch.float16)
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-    done, seconds = 0, 0.0
-    checkpoint = f"runs/{name}.checkpoint"
-    if state := load_checkpoint(checkpoint, settings):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        done, seconds = state["epoch"], state["seconds"]
-        print(f"{name}  going on after epoch {done}/{epochs}", flush=True)
-
-    for epoch in range(done + 1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)  # an epoch's randomness is its own: a resumed run equals an unbroken one
-        start, total_loss = time.monotonic(), 0.0
-        model.train()
-        batches = shuffled_batches(len(images), batch_size, device, name, epoch, epochs)
-        for step, batch in enumerate(batches, (epoch - 1) * steps_an_epoch):
-            for group in optimizer.param_groups:  # one cycle: up in a line, then down in a line to zero
-                group["lr"] = lr * min((step + 1) / warmup, (steps - step) / (steps - warmup))
-            x = to_float(augment(images[batch]))
-            with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-                logits = model(x)
-            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            total_loss += loss.detach()
-        mean_loss = float(total_loss) / steps_an_epoch
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"{name}: the loss is not finite in epoch {epoch}: run python classifiers.py "
-                                     f"--arch {name} --force with a lower --lr")
-        seconds += time.monotonic() - start
-        speed = len(images) / (time.monotonic() - start)
-        save(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "scaler": scaler.state_dict(), "epoch": epoch, "seconds": seconds, "settings": settings})
-        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-            validation = accuracy(model.eval(), *data["validation"])
-        print(f"{name}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}  validation {validation:.2f}%  "
-              f"{speed:.0f} images/s  {minutes(seconds / epoch * (epochs - epoch))} left", flush=True)
-
-    # Kernels and matrices are stored in 16 bits; the accuracy is that of the stored weights.
-    weights = {key: value.half() if value.dim() > 1 else value for key, value in model.state_dict().items()}
-    model.load_state_dict(weights)
-    score = accuracy(model.eval(), *(torch.cat(halves) for halves in zip(data["validation"], data["test"])))
-    meta = {**settings, "accuracy": score, "minutes": seconds / 60, "hardware": hardware(device),
-            "torch": str(torch.__version__)}
-    save(f"runs/{name}.pt", {"classifier": weights, "meta": meta})
-    os.remove(checkpoint)
-    print(f"{name}  {score:.2f}% of the 10,000 test images (the paper: {CLASSIFIERS[name]:.2f}%)  {epochs} epochs, "
-          f"{minutes(seconds)}  -> runs/{name}.pt", flush=True)
-
+# --- The command ------------------------------------------------------------------------------------------------------
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train classifiers of Table 1 on CIFAR-10 from scratch, into runs/.")
     parser.add_argument("--arch", nargs="+", required=True, choices=[*CLASSIFIERS, "all"], metavar="NAME",
                         help=f"{', '.join(CLASSIFIERS)}, or all")
     parser.add_argument("--epochs", type=positive(int), help="(default: 60 on a GPU, 16 on a CPU)")
-    parser.add_argument("--batch-size", type=positive(int), default=128, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=positive(float), default=0.05,
+    parser.add_argument("--batch-size", type=positive(int), default=256, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=positive(float), default=0.06,
                         help="highest learning rate of the cycle (default: %(default)s)")
     parser.add_argument("--weight-decay", type=positive(float, or_zero=True), default=1e-3,
                         help="(default: %(default)s)")
     parser.add_argument("--limit", type=positive(int),
-                        help="train on the first LIMIT images only, for a quick look (default: all)")
+                        help="train on the first LIMIT images only, and score on as many, for a quick look "
+                             "(default: all)")
     parser.add_argument("--force", action="store_true", help="train again what is finished, start over what is not")
     add_common_arguments(parser)
     args = parser.parse_args()
-    data = load_cifar10(args.data, args.device)
+    torch.backends.cudnn.benchmark = True
+    data, failed = load_cifar10(args.data, args.device), []
     for name in CLASSIFIERS if "all" in args.arch else args.arch:
         if args.force:
             remove(f"runs/{name}.pt", f"runs/{name}.checkpoint")
@@ -449,8 +537,13 @@ def main() -> None:
         try:
             train_classifier(name, data, args.device, args.epochs, args.batch_size, args.lr, args.weight_decay,
                              args.seed, args.precision, args.limit)
+        except (FloatingPointError, ValueError) as error:  # the others are trained all the same
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed.append(name)
         except KeyboardInterrupt:
             sys.exit(f"\nstopped in {name}: the same command, without --force, goes on after the last finished epoch")
+    if failed:
+        sys.exit(f"error: not trained: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from classifiers import (CLASSES, CLASSIFIERS, accuracy, add_common_arguments, autocast_dtype,
-                         build_classifier, clear_errors, find_classifier, first_line, hardware, load_cifar10,
-                         load_classifier, minutes, positive, shuffled_batches, to_float, write_file)
+                         build_classifier, clear_errors, faster_convolutions, find_classifier, fingerprint, first_line,
+                         hardware, load_cifar10, load_classifier, minutes, positive, shuffled_batches, to_float,
+                         write_file)
 from ssim import ssim
 from unet import Generator, UNet, load_generator
 
@@ -181,12 +182,14 @@ def tables(results: dict) -> str:
         add(title, ("target", "auxiliary", *head), [(e["target"], e["aux"], *cells(e)) for e in entries])
 
     if entries:
-        add_scores("Protected test images: accuracy (%) and likeness (Section 4.2)",
+        add_scores(f"{results['images']:,} protected test images: accuracy (%) and likeness (Section 4.2)",
                    ("target, clean", "target, protected", "lost", "auxiliary, clean", "auxiliary, protected",
                     "mean abs. SSIM", "epochs"),
                    lambda e: (show(e["clean_target_accuracy"]), show(e["target_accuracy"]), show(e["drop"]),
                               show(e["clean_aux_accuracy"]), show(e["aux_accuracy"]), show(e["ssim"], 4),
-                              f"{e['settings'].get('epochs', '–')}{'' if e['finished'] else ' (in training)'}"))
+                              str(e["settings"].get("epochs", "–"))
+                              + " (quick look)" * bool(e["settings"].get("limit"))
+                              + " (in training)" * (not e["finished"])))
     if len(entries) > 1:
         add("Table 2: target accuracy (%) on protected images, ours / the paper's",
             ("target", "auxiliary models", "min", "median", "max", "no auxiliary"),
@@ -370,7 +373,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 def milliseconds(network: nn.Module, batch: int, device: str) -> float:
     """ms an image: the median of at least 3 runs and a second of them, after warming up."""
     x = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None  # a GPU works on after the call returns
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None  # a GPU works on after the call
     times, warm_up = [], 2 if device == "cpu" else 20
     while len(times) < warm_up + 3 or sum(times[warm_up:]) < 1:
         wait()
@@ -467,8 +470,8 @@ def attack(generator: nn.Module, name: str, data: dict, epochs: int, device: str
     images, start = data["train"][0], time.monotonic()
     print(f"attack on {name}  protecting {len(images)} training images ...", flush=True)
     protected = protect(generator, images)
-    attacker = nn.Sequential(UNet(), nn.Sigmoid()).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(attacker.parameters())
+    attacker = faster_convolutions(nn.Sequential(UNet(), nn.Sigmoid())).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(attacker.parameters(), fused=True)
     batch_size = min(batch_size, len(images))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * (len(images) // batch_size))
     kind, dtype = torch.device(device).type, autocast_dtype(device, precision)
@@ -594,9 +597,22 @@ def open_generator(path: str, device: str) -> tuple[nn.Module, dict]:
     return generator.to(device, memory_format=torch.channels_last), meta
 
 
+def warn_of_strangers(path: str, meta: dict) -> None:
+    """Say so where a classifier on disk is another one than the generator at `path` was trained with."""
+    for role in ("target", "aux"):
+        now = find_classifier(meta[role])
+        if now and meta.get(f"{role}_sha256") not in (None, fingerprint(now)):
+            print(f"warning: {path} was trained with another {meta[role]} than {now}: expect worse scores",
+                  file=sys.stderr, flush=True)
+
+
 def distinct(stems: list[str]) -> list[str]:
     """The same names, those that came before with -2, -3 ... behind them, so that no file overwrites another."""
-    return [stem if (n := stems[:i].count(stem)) == 0 else f"{stem}-{n + 1}" for i, stem in enumerate(stems)]
+    chosen = []
+    for stem in stems:
+        names = [stem, *(f"{stem}-{i}" for i in range(2, len(stems) + 1))]
+        chosen.append(next(name for name in names if name not in chosen))
+    return chosen
 
 
 def stem_of(path: str) -> str:
@@ -606,6 +622,7 @@ def stem_of(path: str) -> str:
 def own_pictures(args: argparse.Namespace, path: str, skip) -> None:
     """--image: protect each file with the generator at `path`."""
     generator, meta = open_generator(path, args.device)
+    warn_of_strangers(path, meta)
     target = load_classifier(meta["target"], args.device)
     print(f"{path} (target {meta['target']}, auxiliary {meta['aux']}; --generator chooses)", flush=True)
     for file, stem in zip(args.image, distinct([stem_of(file) for file in args.image])):
@@ -619,21 +636,23 @@ def own_pictures(args: argparse.Namespace, path: str, skip) -> None:
 
 
 def earlier_results(out: str) -> dict:
-    """What results.json holds from an earlier run: its attacks and its timing cost too much to be thrown away."""
+    """The attacks and the timing in results.json: they cost too much to be thrown away by the next run."""
     try:
         with open(f"{out}/results.json") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return {"generators": {}, "timing": {}}
+            results = json.load(file)
+        return {"attacks": dict(results["attacks"]), "timing": dict(results["timing"])}
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or not ours
+        return {"attacks": {}, "timing": {}}
 
 
-def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, earlier: dict, skip) -> None:
+def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, skip) -> None:
     """Fill results["generators"] and write everything that is drawn, after each generator.
 
-    An attack in the `earlier` results is kept while the generator's settings are the same.
+    An attack in results["attacks"] belongs to a generator while its file, the classifiers' and the images are the same.
     """
     data = load_cifar10(args.data, args.device)
-    images, labels = data["test"]
+    images, labels = (half[:args.limit] for half in data["test"])
+    results["images"] = len(images)
     results["unrelated"] = {"ssim": mean_of(lambda x, y: ssim(x, y).abs(), images, images.roll(1, 0)),
                             "psnr": mean_of(psnr, images, images.roll(1, 0)),
                             "svd_distance": mean_of(svd_distance, images, images.roll(1, 0))}
@@ -659,6 +678,7 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, earl
                 skip(f"{role} of {name}, not on disk: run python classifiers.py --arch {meta[role]}")
         if meta["target"] not in classifiers:
             continue
+        warn_of_strangers(path, meta)
         print(f"{name}  ({i} of {len(paths)})  protecting and scoring {len(images)} images ...", flush=True)
         target, aux = classifiers[meta["target"]], classifiers.get(meta["aux"])
         try:
@@ -667,9 +687,11 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, earl
         except FloatingPointError as error:
             skip(f"{path}: {error}")
             continue
-        before = earlier.get(name, {})
+        made_from = {"images": len(images), "generator": fingerprint(path)} | {
+            role: fingerprint(find_classifier(meta[role])) for role in ("target", "aux")}
+        known = results["attacks"].get(name)
         result = {"file": path, "target": meta["target"], "aux": meta["aux"], **result,
-                  "attack": before.get("attack") if before.get("settings") == meta else None,
+                  "attack": known if known and known["made_from"] == made_from else None,
                   "settings": meta, "finished": not os.path.exists(path.removesuffix(".pt") + ".checkpoint")}
         results["generators"][name] = result
         entries = list(results["generators"].values())
@@ -686,8 +708,9 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, earl
                 attacker, attacked = attack(generator, name, data, args.attack_epochs, args.device, args.precision,
                                             args.seed)
                 recovered = protect(attacker, protected)
-                result["attack"] = attacked | score_protected(images, recovered, target, aux, labels) | {
-                    "psnr": mean_of(psnr, images, recovered)}
+                result["attack"] = results["attacks"][name] = attacked | {
+                    **score_protected(images, recovered, target, aux, labels),
+                    "psnr": mean_of(psnr, images, recovered), "made_from": made_from}
                 save_picture(f"{args.out}/attack-{name}.png",
                              sheet(result, target, aux, images, protected, labels, recovered))
             except FloatingPointError as error:
@@ -706,6 +729,8 @@ def main() -> None:
                         help="which to evaluate (default: all generator-*.pt in runs/ and weights/)")
     parser.add_argument("--out", default="runs/evaluation", metavar="FOLDER",
                         help="where results.json, tables.md and the pictures go (default: %(default)s)")
+    parser.add_argument("--limit", type=positive(int),
+                        help="score on the first LIMIT test images only, for a quick look (default: all 5,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3, a few minutes (default: no)")
     parser.add_argument("--attack", action="store_true",
                         help="also train a U-Net to undo each generator (default: no)")
@@ -716,6 +741,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.image and (args.timing or args.attack):
         parser.error("--image only protects pictures: run --timing and --attack without it")
+    torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a GPU too
     args.attack_epochs = args.attack_epochs or (20 if args.device.startswith("cuda") else 1)
     skipped = 0
@@ -732,15 +758,14 @@ def main() -> None:
     if args.image:
         own_pictures(args, paths[0], skip)
     else:
-        earlier = earlier_results(args.out)
-        results = {"generators": {}, "summary": None, "unrelated": None, "clean": {}, "timing": earlier["timing"],
-                   "seed": args.seed, "device": args.device, "hardware": hardware(args.device),
-                   "arguments": vars(args), "versions": {
+        results = {"generators": {}, "summary": None, "unrelated": None, "images": 0, "clean": {},
+                   **earlier_results(args.out), "seed": args.seed, "device": args.device,
+                   "hardware": hardware(args.device), "arguments": vars(args), "versions": {
                        "python": sys.version.split()[0], "torch": str(torch.__version__),
                        "torchvision": str(torchvision.__version__), "numpy": np.__version__,
                        "pillow": Image.__version__}}
         if paths:
-            evaluate_all(args, paths, results, earlier["generators"], skip)
+            evaluate_all(args, paths, results, skip)
         if args.timing:
             results["timing"] = time_networks()
         if results["generators"] or results["timing"]:

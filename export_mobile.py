@@ -11,7 +11,6 @@ back comes the class as one ASCII digit.
 
 import argparse
 import asyncio
-import copy
 import io
 import json
 import math
@@ -24,15 +23,15 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor, nn
 from torch.jit.mobile import _get_model_bytecode_version, _get_model_ops_and_info, _load_for_lite_interpreter
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from classifiers import (CLASSES, CLASSIFIERS, accuracy, clear_errors, first_line, hardware, load_cifar10,
                          load_classifier, positive, to_float, write_file)
-from evaluate import find_generators, milliseconds, open_generator, score, stem_of
+from evaluate import (BLACK, GREEN, RED, draw_sheet, find_generators, fold_batch_norm, milliseconds, open_generator,
+                      picture, save_picture, score, stem_of, warn_of_strangers)
 from unet import Generator
 
 PAPER_PHONE = "10.52 to 10.84"  # Table 3, last column: milliseconds an image on the paper's smartphone
@@ -45,11 +44,16 @@ SHOWN = 8  # pictures in the demo's figure
 
 def best_generator() -> str:
     """The generator in runs/ and weights/ with the lowest validation loss."""
-    paths = find_generators()
-    if not paths:
+    losses = {}
+    for path in find_generators():
+        try:
+            losses[path] = open_generator(path, "cpu")[1].get("validation_loss", math.inf)
+        except ValueError as error:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+    if not losses:
         raise FileNotFoundError("no generator in runs/ or weights/: run python train.py --target vgg13_bn --aux "
                                 "resnet18")
-    return min(paths, key=lambda path: open_generator(path, "cpu")[1].get("validation_loss", math.inf))
+    return min(losses, key=losses.get)
 
 
 # --- The file for the phone -------------------------------------------------------------------------------------------
@@ -74,20 +78,6 @@ class ConvTranspose2d16(Stored16, nn.ConvTranspose2d):
     pass
 
 
-def folded(generator: Generator) -> Generator:
-    """A copy of a generator in eval mode, each batch norm folded into the convolution before it: the same function.
-
-    In place in the modules, so that their names and the file stay plain, where evaluate.py's traces a new one.
-    """
-    generator = copy.deepcopy(generator).requires_grad_(False).to(memory_format=torch.contiguous_format)
-    for block in generator.modules():
-        if isinstance(block, nn.Sequential):
-            for i, layer in enumerate(block):
-                if isinstance(layer, nn.BatchNorm2d):
-                    block[i - 1], block[i] = fuse_conv_bn_eval(block[i - 1], layer), nn.Identity()
-    return generator
-
-
 def export(generator: Generator, path: str, half: bool = False) -> None:
     """Write the file that PyTorch Mobile's lite interpreter runs: images (N, 3, H, W) in [0, 1] to the same, protected.
 
@@ -95,15 +85,17 @@ def export(generator: Generator, path: str, half: bool = False) -> None:
     is built in. Scripted rather than traced, so that the file takes any H and W from 16 up, as the generator does.
     `half` stores the weights in 16 bits. Raises RuntimeError if this PyTorch writes bytecode too new for the phone.
     """
-    generator = folded(generator)
+    phone = Generator()
+    phone.unet = fold_batch_norm(generator.unet)
+    phone = phone.requires_grad_(False).eval().to(memory_format=torch.contiguous_format)
     if half:
-        for layer in generator.modules():
+        for layer in phone.modules():
             layer.__class__ = {nn.Conv2d: Conv2d16, nn.ConvTranspose2d: ConvTranspose2d16}.get(type(layer), type(layer))
     with warnings.catch_warnings():
         # PyTorch advises torch.export now, which writes for ExecuTorch; PyTorch Mobile reads TorchScript and no other.
         warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Lite Interpreter is deprecated")
-        content = torch.jit.script(generator)._save_to_buffer_for_lite_interpreter()
+        content = torch.jit.script(phone)._save_to_buffer_for_lite_interpreter()
     version = _get_model_bytecode_version(io.BytesIO(content))
     if version > BYTECODE:
         raise RuntimeError(f"PyTorch {torch.__version__} writes bytecode {version} and phones read {BYTECODE}: export "
@@ -265,32 +257,14 @@ def play_phone(path: str, images: Tensor, address: tuple, seconds: float) -> tup
     return torch.stack(sent[1:]), torch.tensor(answers[1:]), 1000 * np.array(times[1:])
 
 
-def figure(images: Tensor, sent: Tensor, answers: Tensor, labels: Tensor, headline: str) -> bytes:
-    """The demo as a PNG, 848 pixels wide: what the user holds, what the service sees, what it answers."""
-    side, gap, margin = 96, 8, 12  # three pixels for one
-    canvas = Image.new("RGB", (2 * margin + SHOWN * side + (SHOWN - 1) * gap, 396), "white")
-    draw = ImageDraw.Draw(canvas)
-    title, text = ImageFont.load_default(size=18), ImageFont.load_default(size=16)
-
-    def row(y, caption, pictures):
-        draw.text((margin, y), caption, "black", title)
-        for i, picture in enumerate(pictures):
-            tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(tile, (margin + i * (side + gap), y + 28))
-
-    def words(y, classes, colours):
-        for i, (name, colour) in enumerate(zip(classes, colours)):
-            draw.text((margin + i * (side + gap) + side / 2, y), name, colour, text, anchor="ma")
-
-    row(10, "What the user holds", images)
-    words(138, [CLASSES[i] for i in labels], ["dimgray"] * len(labels))
-    row(172, "What the phone sends, and all that the service sees", sent)
-    draw.text((margin, 308), "What the service answers (green: right, red: wrong)", "black", title)
-    words(334, [CLASSES[i] for i in answers], ["#007a00" if ok else "#d00000" for ok in answers == labels])
-    draw.text((margin, 368), headline, "dimgray", text)
-    file = io.BytesIO()
-    canvas.save(file, "PNG", optimize=True)
-    return file.getvalue()
+def figure(images: Tensor, sent: Tensor, answers: Tensor, labels: Tensor, headline: str) -> Image.Image:
+    """The demo as a picture: what the user holds, what the service sees, what it answers."""
+    return draw_sheet([headline], [
+        ("the user holds", [picture(image) for image in images]),
+        ("which is", [(CLASSES[label], BLACK) for label in labels]),
+        ("the service sees", [picture(image) for image in sent]),
+        ("and answers", [(CLASSES[answer], GREEN if answer == label else RED)
+                         for answer, label in zip(answers, labels)])])
 
 
 def demo(path: str, generator: Generator, target: nn.Module, target_name: str, images: Tensor, labels: Tensor,
@@ -322,7 +296,7 @@ def demo(path: str, generator: Generator, target: nn.Module, target_name: str, i
         "file": path, "target": target_name, "images": len(images), "clean_accuracy": clean,
         "accuracy_through_path": through_path, "accuracy_by_score": scored, "torch": str(torch.__version__),
         "milliseconds_median_and_95th_percentile": quantiles, "hardware": hardware("cpu")}, indent=1).encode())
-    write_file(f"{stem}.demo.png", figure(images[:SHOWN], sent[:SHOWN], answers[:SHOWN], labels[:SHOWN],
+    save_picture(f"{stem}.demo.png", figure(images[:SHOWN], sent[:SHOWN], answers[:SHOWN], labels[:SHOWN],
                f"{target_name} is right on {through_path:.1f}% of {len(images):,} protected pictures, "
                f"on {clean:.1f}% of the originals"))
     print(f"| {target_name}, {len(images):,} test images | accuracy |\n| --- | --- |\n| clean | {clean:.2f}% |\n"
@@ -385,6 +359,7 @@ def main() -> None:
     if not (args.serve and target_name):  # a service needs to know its target, no generator
         path = args.generator or best_generator()
         generator, meta = open_generator(path, "cpu")
+        warn_of_strangers(path, meta)
         target_name = target_name or meta["target"]
     target = load_classifier(target_name)
     if args.serve:
@@ -405,6 +380,9 @@ def main() -> None:
     write_file(f"{out}.json", json.dumps(result, indent=1).encode())
     print(check_table(result, target_name, args.half))
     print(f"\n-> {out}.json", flush=True)
+    allowed = 0.02 if args.half else 1e-4
+    if not all(result[size]["largest_difference"] <= allowed for size in ("32x32", "37x50")):
+        raise ValueError(f"{out} does not give the generator's pictures: they differ by more than {allowed}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from classifiers import (CLASSIFIERS, add_common_arguments, augment, autocast_dtype, clear_errors, differences,
-                         find_classifier, hardware, load_checkpoint, load_cifar10, load_classifier, minutes, positive,
-                         remove, save, shuffled_batches, to_float, train_classifier, write_file)
+                         faster_convolutions, find_classifier, fingerprint, hardware, load_checkpoint, load_cifar10,
+                         load_classifier, minutes, positive, remove, save, shuffled_batches, to_float,
+                         train_classifier, write_file)
 from evaluate import fold_batch_norm, score
 from ssim import ssim
 from unet import Generator, load_generator, save_generator
@@ -60,16 +61,18 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
     """
     name, epochs, seed = f"{target_name}-{aux_name}", settings["epochs"], settings["seed"]
     weights = settings["w_target"], settings["w_aux"], settings["w_ssim"]
-    images, labels = data["train"][0][:settings["limit"]], data["train"][1][:settings["limit"]]
+    (images, labels), validation = ([part[:settings["limit"]] for part in data[half]]
+                                    for half in ("train", "validation"))
     batch_size = min(settings["batch_size"], len(images))
     steps_an_epoch = len(images) // batch_size
 
     # F_target and F_aux are frozen and in eval mode: gradients pass through them, nothing in them changes. That lets
     # their batch norm be folded away, which leaves the function as it is and makes a step a tenth faster.
-    target = fold_batch_norm(load_classifier(target_name, device))
-    aux = None if aux_name == "none" else fold_batch_norm(load_classifier(aux_name, device))
+    target = faster_convolutions(fold_batch_norm(load_classifier(target_name, device)))
+    aux = None if aux_name == "none" else faster_convolutions(fold_batch_norm(load_classifier(aux_name, device)))
     torch.manual_seed(seed)
-    generator = Generator().to(device, memory_format=torch.channels_last)  # "Randomly initialize U"
+    generator = faster_convolutions(Generator())  # "Randomly initialize U"
+    generator.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=settings["weight_decay"], fused=True)
     kind, dtype = torch.device(device).type, getattr(torch, settings["precision"])
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
@@ -111,7 +114,7 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
         means = (sums / steps_an_epoch).tolist()
         speed = steps_an_epoch * batch_size / (time.monotonic() - start)
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):  # quicker; evaluate.py reports in float32
-            result = score(generator.eval(), target, aux, *data["validation"])
+            result = score(generator.eval(), target, aux, *validation)
         validation_loss = (weights[0] * result["target_loss"] - weights[1] * (result["aux_loss"] or 0.0)
                            + weights[2] * result["signed_ssim"])  # Eq. (4) again, on the validation half
         if not math.isfinite(sum(means) + validation_loss):
@@ -142,11 +145,13 @@ def report(result: dict) -> str:
 
 
 def settings_of(target: str, aux: str, args: argparse.Namespace) -> dict:
-    """All that decides, with the two classifiers on disk, how one generator turns out."""
+    """All that decides how one generator turns out; the two classifiers by the SHA-256 of their files."""
     lr = args.lr or (0.001 if (target, aux) == ("googlenet", "vgg13_bn") else 0.005)  # Section 4.1.3
     precision = str(autocast_dtype(args.device, args.precision)).removeprefix("torch.")
-    return {"target": target, "aux": aux, "lr": lr, "precision": precision} | {key: getattr(args, key) for key in (
-        "epochs", "batch_size", "weight_decay", "w_target", "w_aux", "w_ssim", "seed", "limit")}
+    return {"target": target, "aux": aux, "lr": lr, "precision": precision,
+            "target_sha256": fingerprint(find_classifier(target)), "aux_sha256": fingerprint(find_classifier(aux))
+            } | {key: getattr(args, key) for key in (
+                "epochs", "batch_size", "weight_decay", "w_target", "w_aux", "w_ssim", "seed", "limit")}
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -160,8 +165,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=positive(int),
                         help=f"(default: {EPOCHS['cuda']} on a GPU, as in the paper, {EPOCHS['cpu']} on a CPU)")
     parser.add_argument("--limit", type=positive(int),
-                        help="train on the first LIMIT images only, for a quick look (default: all; a missing "
-                             "classifier is trained on all the same)")
+                        help="train on the first LIMIT images only, and validate on as many, for a quick look "
+                             "(default: all; a missing classifier is trained on all the same)")
     parser.add_argument("--batch-size", type=positive(int), default=256, help="(default: %(default)s)")
     parser.add_argument("--lr", type=positive(float), help="highest learning rate (default: the paper's 0.005, and "
                                                            "0.001 for target googlenet with auxiliary vgg13_bn)")
@@ -205,7 +210,10 @@ def main() -> None:
     for name in missing[rank::world]:
         print(f"{name} is neither in runs/ nor in weights/ and is trained first; how long it takes follows within a "
               "minute", flush=True)
-        train_classifier(name, data, args.device, seed=args.seed, precision=args.precision)
+        try:
+            train_classifier(name, data, args.device, seed=args.seed, precision=args.precision)
+        except (FloatingPointError, ValueError) as error:  # what needs it fails below, the rest is trained
+            print(f"error: {error}", file=sys.stderr, flush=True)
     if world > 1:
         dist.barrier()
 
@@ -221,7 +229,7 @@ def main() -> None:
                       "(--force trains it again)", flush=True)
             else:
                 train_generator(target, aux, data, path, settings, args.device)
-        except (FloatingPointError, ValueError) as error:  # one that diverges or is damaged does not stop the others
+        except (FloatingPointError, ValueError, FileNotFoundError) as error:  # one that fails does not stop the others
             remedy = ": try a lower --lr or --precision fp32, with --force"
             print(f"error: {target}-{aux}: {error}{remedy if isinstance(error, FloatingPointError) else ''}",
                   file=sys.stderr, flush=True)

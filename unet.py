@@ -6,6 +6,8 @@ One forward pass of a fully convolutional network: the cost does not depend on t
 7,766,051 weights protect a picture of any size from 16 x 16 up (Section 4.3.1).
 """
 
+import contextlib
+import io
 import os
 import pickle
 
@@ -83,10 +85,17 @@ def save_generator(path: str, generator: nn.Module, meta: dict) -> None:
     Convolution kernels are stored in 16 bits (15 MB instead of 31), everything else in 32. Raises OSError if it cannot.
     """
     state = {key: value.half() if value.dim() == 4 else value for key, value in generator.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({"generator": state, "meta": meta}, buffer)
     try:
-        torch.save({"generator": state, "meta": meta}, f"{path}.tmp")
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch says RuntimeError where the folder is missing or the disk full
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
         raise OSError(f"cannot write {path}: is the folder there, and the disk not full?") from error
 
 
