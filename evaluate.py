@@ -58,7 +58,7 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
     for image in images.split(500):
         protected = generator(to_float(image))
         if protected.isnan().any():
-            raise FloatingPointError("the generator's output is not finite")
+            raise FloatingPointError("the generator's output is not finite: train it again with a lower --lr")
         batches.append((protected * 255).round().to(torch.uint8))
     return torch.cat(batches)
 
@@ -67,20 +67,19 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
 def score_protected(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None,
                     labels: Tensor) -> dict:
     """score() for images whose protected version, both uint8 (N, 3, H, W), is there already."""
-    names = ["target_accuracy", "target_loss", "ssim", "signed_ssim"] + ["aux_accuracy", "aux_loss"] * (aux is not None)
-    sums = torch.zeros(len(names), device=images.device)
+    batches = []
     for image, hidden, label in zip(images.split(500), protected.split(500), labels.split(500)):
         hidden = to_float(hidden)
         similarity = ssim(to_float(image), hidden)
-        values = [similarity.abs().sum(), similarity.sum()]
-        for at, classifier in ((0, target), (4, aux)):
+        sums = {"ssim": similarity.abs().sum(), "signed_ssim": similarity.sum()}
+        for role, classifier in ("target", target), ("aux", aux):
             if classifier is not None:
                 logits = classifier(hidden).float()
-                right = (logits.argmax(1) == label).sum()
-                values[at:at] = [100 * right, F.cross_entropy(logits, label, reduction="sum")]
-        sums += torch.stack(values)
+                sums[f"{role}_accuracy"] = 100 * (logits.argmax(1) == label).sum()
+                sums[f"{role}_loss"] = F.cross_entropy(logits, label, reduction="sum")
+        batches.append(sums)
     return {"aux_accuracy": None, "aux_loss": None} | {
-        name: total / len(labels) for name, total in zip(names, sums.tolist())}
+        name: sum(batch[name].item() for batch in batches) / len(labels) for name in sums}
 
 
 def score(generator: nn.Module, target: nn.Module, aux: nn.Module | None, images: Tensor, labels: Tensor) -> dict:
@@ -628,8 +627,8 @@ def own_pictures(args: argparse.Namespace, path: str, skip) -> None:
     for file, stem in zip(args.image, distinct([stem_of(file) for file in args.image])):
         try:
             line = protect_picture(file, stem, generator, target, args.device, args.out)
-        except (OSError, ValueError) as error:
-            skip(f"no such file: {file}" if isinstance(error, FileNotFoundError) else error)
+        except (OSError, ValueError, FloatingPointError, RuntimeError) as error:  # RuntimeError: no memory for it
+            skip(f"no such file: {file}" if isinstance(error, FileNotFoundError) else f"{file}: {first_line(error)}")
             continue
         print(f"{file}: {meta['target']} sees  {line}  -> {args.out}/{stem}-protected.png, {stem}-sheet.png",
               flush=True)

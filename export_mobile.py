@@ -83,7 +83,8 @@ def export(generator: Generator, path: str, half: bool = False) -> None:
 
     Plain operators only: optimize_for_mobile would prepack weights for XNNPACK, and such a file loads only where that
     is built in. Scripted rather than traced, so that the file takes any H and W from 16 up, as the generator does.
-    `half` stores the weights in 16 bits. Raises RuntimeError if this PyTorch writes bytecode too new for the phone.
+    `half` stores the weights in 16 bits. Raises RuntimeError if this PyTorch writes bytecode too new for the phone,
+    OSError if it cannot write.
     """
     phone = Generator()
     phone.unet = fold_batch_norm(generator.unet)
@@ -239,7 +240,8 @@ def ask(png: bytes, host: str, port: int, seconds: float) -> int:
 def play_phone(path: str, images: Tensor, address: tuple, seconds: float) -> tuple[Tensor, Tensor, np.ndarray]:
     """Protect uint8 images (N, 3, 32, 32) with the .ptl file and have them recognised, one after the other.
 
-    Returns what left the phone (uint8, as `images`), the answers (N,), and the milliseconds (N, 4) of STAGES.
+    Returns what left the phone (uint8, as `images`), the answers (N,), and the milliseconds (N, 4) of STAGES. Raises
+    OSError where the service gives no answer.
     """
     phone = load_phone_file(path)
     sent, answers, times = [], [], []

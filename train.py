@@ -25,7 +25,7 @@ from evaluate import fold_batch_norm, score
 from ssim import ssim
 from unet import Generator, load_generator, save_generator
 
-EPOCHS = {"cuda": 100, "cpu": 10}  # the paper's, and what 2 CPU cores manage within an hour
+EPOCHS = {"cuda": 100, "cpu": 10}  # the paper's, and what 2 CPU cores with avx512_bf16 manage within an hour
 
 
 def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_logits: Tensor | None, labels: Tensor,
@@ -33,7 +33,8 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
     """(4,): Loss, Loss_target, Loss_aux, Loss_SI of Section 3.3; the first is what training minimises.
 
     w_ssim is the paper's omega_SI; the default weights are those of Section 4.1.3. x and protected are (N, 3, H, W)
-    in [0, 1], the logits (N, 10), the labels (N,). Without an auxiliary model (aux_logits None) Loss_aux is 0.
+    in [0, 1], the logits (N, 10), the labels (N,). Without an auxiliary model (aux_logits None) Loss_aux is 0. Raises
+    ValueError where ssim() does.
     """
     loss_target = F.cross_entropy(target_logits.float(), labels)  # Eq. (1)
     loss_aux = torch.zeros_like(loss_target)
@@ -45,7 +46,7 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
 
 
 def learning_rate(step: int, steps: int, highest: float) -> float:
-    """Linear warm-up over the first 30% of the steps, then a cosine to zero, as the authors' code does."""
+    """Of step 0 to steps - 1: linear warm-up over the first 30%, then a cosine to zero, as in the authors' code."""
     warmup = 0.3 * steps
     if step < warmup:
         return highest * (step + 1) / (warmup + 1)
@@ -53,7 +54,7 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
 
 
 def train_generator(target_name: str, aux_name: str, data: dict, path: str, settings: dict, device: str) -> None:
-    """Algorithm 1 for one target and one auxiliary model (or "none").
+    """Algorithm 1 for one target and one auxiliary model (or "none") on `data` of load_cifar10.
 
     path.pt is the best epoch so far by validation loss, path.jsonl the log, one line an epoch, path.checkpoint what an
     unfinished run goes on from; `settings` are those of settings_of(). Raises FloatingPointError on a loss that is not
@@ -202,6 +203,9 @@ def main() -> None:
         print(f"{len(pairs)} generator{'s' * (len(pairs) > 1)}, {args.epochs} epochs each "
               f"(the paper: {EPOCHS['cuda']}; the default on a CPU: {EPOCHS['cpu']})", flush=True)
         data = load_cifar10(args.data, args.device)
+        if args.force:  # all of them now: after an interruption the command without --force then does the rest
+            remove(*(f"{args.out}/generator-{target}-{aux}.{ending}" for target, aux in pairs
+                     for ending in ("pt", "jsonl", "checkpoint")))
     missing = [name for name in CLASSIFIERS if any(name in pair for pair in pairs) and not find_classifier(name)]
     if world > 1:
         dist.barrier()  # rank 0 alone downloads, and all have seen the same classifiers missing
@@ -220,8 +224,6 @@ def main() -> None:
     failed = []
     for target, aux in pairs[rank::world]:
         path, settings = os.path.join(args.out, f"generator-{target}-{aux}"), settings_of(target, aux, args)
-        if args.force:
-            remove(f"{path}.pt", f"{path}.jsonl", f"{path}.checkpoint")
         try:
             if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
                 changed = differences(load_generator(f"{path}.pt")[1], settings)

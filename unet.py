@@ -30,7 +30,8 @@ def double_conv(c_in: int, c_out: int) -> nn.Sequential:
 class UNet(nn.Module):
     """U(.) of Figure 3: normalised image (N, 3, H, W), H and W multiples of 16, to delta of the same shape.
 
-    Delta is unbounded and in the units of the normalised image. Source: Ronneberger et al. 2015, the paper's [39].
+    Delta is unbounded and in the units of the normalised image. Other sizes fail: Generator takes those. Source:
+    Ronneberger et al. 2015, the paper's [39].
     """
 
     def __init__(self):
