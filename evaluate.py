@@ -5,7 +5,7 @@
     python evaluate.py --attack             and how much someone who has the generator gets back
     python evaluate.py --image cat.jpg      protect pictures of your own
 
-Every number comes from the 5,000 test images, which nothing was trained or chosen on, in float32, and from protected
+Every score comes from the 5,000 test images, which nothing was trained or chosen on, in float32, and from protected
 images rounded to 8 bits, since that is what a service receives.
 """
 
@@ -24,13 +24,12 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
-from classifiers import (CLASSES, CLASSIFIERS, accuracy, add_common_arguments, autocast_dtype,
-                         build_classifier, clear_errors, faster_convolutions, find_classifier, fingerprint, first_line,
-                         hardware, load_cifar10, load_classifier, minutes, positive, shuffled_batches, to_float,
-                         write_file)
+from classifiers import (CLASSES, CLASSIFIERS, accuracy, add_common_arguments, autocast_dtype, build_classifier,
+                         clear_errors, faster_convolutions, find_classifier, fingerprint, first_line, fold_batch_norm,
+                         hardware, kind_of, load_cifar10, load_classifier, minutes, positive, shuffled_batches,
+                         to_float, write_file)
 from ssim import ssim
 from unet import Generator, UNet, load_generator
 
@@ -58,7 +57,7 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
     for image in images.split(500):
         protected = generator(to_float(image))
         if protected.isnan().any():
-            raise FloatingPointError("the generator's output is not finite: train it again with a lower --lr")
+            raise FloatingPointError("the output of the U-Net is not finite")
         batches.append((protected * 255).round().to(torch.uint8))
     return torch.cat(batches)
 
@@ -88,16 +87,17 @@ def score(generator: nn.Module, target: nn.Module, aux: nn.Module | None, images
     What leaves the phone is 8-bit, so everything is computed on protected images rounded to 8 bits. Returns
     target_accuracy and aux_accuracy in percent (Eq. 5), ssim (mean absolute value, as in Figure 8), and the means that
     the loss is made of: target_loss and aux_loss (cross-entropies of Eq. 1 and 2) and signed_ssim (Eq. 3). Without an
-    auxiliary model aux_accuracy and aux_loss are None.
+    auxiliary model aux_accuracy and aux_loss are None. Raises FloatingPointError where protect() does.
     """
     return score_protected(images, protect(generator, images), target, aux, labels)
 
 
 def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, classifiers: dict, clean: dict,
                        images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
-    """All scores of one generator and the protected images that they were taken on.
+    """All scores of one generator on uint8 images (N, 3, H, W), labels (N,), and the protected images, uint8 alike.
 
-    classifiers and clean hold the trained networks and their accuracy on the original images, by name.
+    classifiers and clean hold the trained networks and their accuracy on the original images, by name. Raises
+    FloatingPointError where protect() does.
     """
     start = time.monotonic()
     target, aux = classifiers[target_name], classifiers.get(aux_name)
@@ -118,8 +118,10 @@ def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, cl
 def summarise(entries: list[dict]) -> dict:
     """What Table 2, Figures 10 and 11 and Section 4.2.2 say about several generators: a dict of plain numbers.
 
-    An entry holds target, aux ("none" or a name), target_accuracy, drop and ssim. What was not trained is None.
+    An entry holds target, aux ("none" or a name), target_accuracy, drop and ssim; of several for one combination the
+    last counts. What was not trained is None.
     """
+    entries = list({(entry["target"], entry["aux"]): entry for entry in entries}.values())
     pairs = [entry for entry in entries if entry["aux"] != "none"]
     table_2, by_aux = {}, {}
     for target in CLASSIFIERS:
@@ -355,19 +357,6 @@ def draw_heatmaps(panels: list[tuple[str, dict, int]]) -> Image.Image:
 
 # --- Overhead (Section 4.3, Table 3) ----------------------------------------------------------------------------------
 
-def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """A copy in eval mode, its batch norm folded into the convolutions before it, as one would deploy it.
-
-    Takes a classifier or a UNet. torch.fx drops hooks, so the one that normalises, and what it reads, are put back.
-    """
-    folded = fuse(network.eval())
-    for hook in network._forward_pre_hooks.values():
-        folded.register_buffer("mean", network.mean, persistent=False)
-        folded.register_buffer("std", network.std, persistent=False)
-        folded.register_forward_pre_hook(hook)
-    return folded.eval().to(memory_format=torch.channels_last)
-
-
 @torch.no_grad()
 def milliseconds(network: nn.Module, batch: int, device: str) -> float:
     """ms an image: the median of at least 3 runs and a second of them, after warming up."""
@@ -454,6 +443,7 @@ def rgb565(images: Tensor) -> Tensor:
     return (cut << (8 - bits)) | (cut >> (2 * bits - 8))
 
 
+ATTACK_EPOCHS = {"cuda": 20, "cpu": 1}  # by kind_of(device)
 WIRES = {"JPEG 95": lambda images: jpeg(images, 95), "JPEG 75": lambda images: jpeg(images, 75), "RGB565": rgb565}
 
 
@@ -489,7 +479,7 @@ def attack(generator: nn.Module, name: str, data: dict, epochs: int, device: str
             optimizer.zero_grad()
             total += loss.detach()
         if not math.isfinite(total.item()):
-            raise FloatingPointError(f"attack on {name}: the loss is not finite: try --precision fp32")
+            raise FloatingPointError("the loss is not finite: try --precision fp32")
     return attacker.eval(), {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
                              "precision": str(dtype).removeprefix("torch."), "minutes": (time.monotonic() - start) / 60}
 
@@ -570,7 +560,7 @@ def save_results(out: str, results: dict) -> None:
             return {key: finite(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    write_file(f"{out}/results.json", json.dumps(finite(results), indent=1, allow_nan=False, default=str).encode())
+    write_file(f"{out}/results.json", json.dumps(finite(results), indent=1, allow_nan=False).encode())
     write_file(f"{out}/tables.md", tables(results).encode())
 
 
@@ -596,8 +586,8 @@ def open_generator(path: str, device: str) -> tuple[nn.Module, dict]:
     return generator.to(device, memory_format=torch.channels_last), meta
 
 
-def warn_of_strangers(path: str, meta: dict) -> None:
-    """Say so where a classifier on disk is another one than the generator at `path` was trained with."""
+def warn_of_other_classifiers(path: str, meta: dict) -> None:
+    """Say so where a classifier on disk is not the one that the generator at `path` was trained with."""
     for role in ("target", "aux"):
         now = find_classifier(meta[role])
         if now and meta.get(f"{role}_sha256") not in (None, fingerprint(now)):
@@ -606,7 +596,7 @@ def warn_of_strangers(path: str, meta: dict) -> None:
 
 
 def distinct(stems: list[str]) -> list[str]:
-    """The same names, those that came before with -2, -3 ... behind them, so that no file overwrites another."""
+    """The names, repeated ones with -2, -3 ... appended, so that no file overwrites another."""
     chosen = []
     for stem in stems:
         names = [stem, *(f"{stem}-{i}" for i in range(2, len(stems) + 1))]
@@ -621,7 +611,7 @@ def stem_of(path: str) -> str:
 def own_pictures(args: argparse.Namespace, path: str, skip) -> None:
     """--image: protect each file with the generator at `path`."""
     generator, meta = open_generator(path, args.device)
-    warn_of_strangers(path, meta)
+    warn_of_other_classifiers(path, meta)
     target = load_classifier(meta["target"], args.device)
     print(f"{path} (target {meta['target']}, auxiliary {meta['aux']}; --generator chooses)", flush=True)
     for file, stem in zip(args.image, distinct([stem_of(file) for file in args.image])):
@@ -650,7 +640,7 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, skip
     An attack in results["attacks"] belongs to a generator while its file, the classifiers' and the images are the same.
     """
     data = load_cifar10(args.data, args.device)
-    images, labels = (half[:args.limit] for half in data["test"])
+    images, labels = (part[:args.limit] for part in data["test"])
     results["images"] = len(images)
     results["unrelated"] = {"ssim": mean_of(lambda x, y: ssim(x, y).abs(), images, images.roll(1, 0)),
                             "psnr": mean_of(psnr, images, images.roll(1, 0)),
@@ -674,17 +664,17 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, skip
             continue
         for role in ("aux", "target"):
             if meta[role] not in (*classifiers, "none"):
-                skip(f"{role} of {name}, not on disk: run python classifiers.py --arch {meta[role]}")
+                skip(f"{role} of {name}, not on disk or damaged: run python classifiers.py --arch {meta[role]}")
         if meta["target"] not in classifiers:
             continue
-        warn_of_strangers(path, meta)
+        warn_of_other_classifiers(path, meta)
         print(f"{name}  ({i} of {len(paths)})  protecting and scoring {len(images)} images ...", flush=True)
         target, aux = classifiers[meta["target"]], classifiers.get(meta["aux"])
         try:
             result, protected = evaluate_generator(generator, meta["target"], meta["aux"], classifiers, clean, images,
                                                    labels)
         except FloatingPointError as error:
-            skip(f"{path}: {error}")
+            skip(f"{path}: {error}: train it again with a lower --lr")
             continue
         made_from = {"images": len(images), "generator": fingerprint(path)} | {
             role: fingerprint(find_classifier(meta[role])) for role in ("target", "aux")}
@@ -713,7 +703,7 @@ def evaluate_all(args: argparse.Namespace, paths: list[str], results: dict, skip
                 save_picture(f"{args.out}/attack-{name}.png",
                              sheet(result, target, aux, images, protected, labels, recovered))
             except FloatingPointError as error:
-                skip(error)
+                skip(f"attack on {name}: {error}")
                 continue
             save_results(args.out, results)
             print(f"{name}  attacked in {minutes(60 * attacked['minutes'])}: SSIM {result['attack']['ssim']:.4f}, PSNR "
@@ -733,16 +723,16 @@ def main() -> None:
     parser.add_argument("--timing", action="store_true", help="also measure Table 3, a few minutes (default: no)")
     parser.add_argument("--attack", action="store_true",
                         help="also train a U-Net to undo each generator (default: no)")
-    parser.add_argument("--attack-epochs", type=positive(int), help="(default: 20 on a GPU, 1 on a CPU)")
+    parser.add_argument("--attack-epochs", type=positive(int),
+                        help=f"(default: {ATTACK_EPOCHS['cuda']} on a GPU, {ATTACK_EPOCHS['cpu']} on a CPU)")
     parser.add_argument("--image", nargs="+", metavar="FILE",
                         help="only protect these pictures, with the first generator (default: none)")
     add_common_arguments(parser)
     args = parser.parse_args()
     if args.image and (args.timing or args.attack):
         parser.error("--image only protects pictures: run --timing and --attack without it")
-    torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a GPU too
-    args.attack_epochs = args.attack_epochs or (20 if args.device.startswith("cuda") else 1)
+    args.attack_epochs = args.attack_epochs or ATTACK_EPOCHS[kind_of(args.device)]
     skipped = 0
 
     def skip(why):
@@ -767,7 +757,7 @@ def main() -> None:
             evaluate_all(args, paths, results, skip)
         if args.timing:
             results["timing"] = time_networks()
-        if results["generators"] or results["timing"]:
+        if results["generators"] or args.timing:
             save_results(args.out, results)
             print(f"\n{tables(results)}\n-> {args.out}/: {', '.join(sorted(os.listdir(args.out)))}")
     if skipped:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.jit.mobile import _get_model_bytecode_version, _get_model_ops_and_info, _load_for_lite_interpreter
 from torch.nn import functional as F
 
-from classifiers import (CLASSES, CLASSIFIERS, accuracy, clear_errors, first_line, hardware, load_cifar10,
-                         load_classifier, positive, to_float, write_file)
-from evaluate import (BLACK, GREEN, RED, draw_sheet, find_generators, fold_batch_norm, milliseconds, open_generator,
-                      picture, save_picture, score, stem_of, warn_of_strangers)
+from classifiers import (CLASSES, CLASSIFIERS, accuracy, clear_errors, first_line, fold_batch_norm, hardware,
+                         load_cifar10, load_classifier, positive, to_float, write_file)
+from evaluate import (BLACK, GREEN, RED, draw_sheet, find_generators, milliseconds, open_generator, picture,
+                      save_picture, score, stem_of, warn_of_other_classifiers)
 from unet import Generator
 
 PAPER_PHONE = "10.52 to 10.84"  # Table 3, last column: milliseconds an image on the paper's smartphone
@@ -224,7 +224,7 @@ async def serve(target: nn.Module, name: str, host: str, port: int, seconds: flo
 # --- The phone --------------------------------------------------------------------------------------------------------
 
 def ask(png: bytes, host: str, port: int, seconds: float) -> int:
-    """Send one PNG, return the class that the service answers; OSError if there is none within `seconds`."""
+    """Send one PNG, return the class that the service answers; OSError if a step of that takes over `seconds`."""
     try:
         with socket.create_connection((host, port), seconds) as connection:
             connection.sendall(b"%-16d" % len(png) + png)
@@ -361,7 +361,7 @@ def main() -> None:
     if not (args.serve and target_name):  # a service needs to know its target, no generator
         path = args.generator or best_generator()
         generator, meta = open_generator(path, "cpu")
-        warn_of_strangers(path, meta)
+        warn_of_other_classifiers(path, meta)
         target_name = target_name or meta["target"]
     target = load_classifier(target_name)
     if args.serve:

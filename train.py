@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import random
 import sys
 import time
 from datetime import timedelta
@@ -18,14 +19,14 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from classifiers import (CLASSIFIERS, add_common_arguments, augment, autocast_dtype, clear_errors, differences,
-                         faster_convolutions, find_classifier, fingerprint, hardware, load_checkpoint, load_cifar10,
-                         load_classifier, minutes, positive, remove, save, shuffled_batches, to_float,
-                         train_classifier, write_file)
-from evaluate import fold_batch_norm, score
+                         faster_convolutions, find_classifier, fingerprint, first_line, fold_batch_norm, hardware,
+                         kind_of, load_checkpoint, load_cifar10, load_classifier, minutes, positive, remove, save,
+                         shuffled_batches, to_float, train_classifier, write_file)
+from evaluate import score
 from ssim import ssim
 from unet import Generator, load_generator, save_generator
 
-EPOCHS = {"cuda": 100, "cpu": 10}  # the paper's, and what 2 CPU cores with avx512_bf16 manage within an hour
+EPOCHS = {"cuda": 100, "cpu": 5}  # the paper's, and what 2 CPU cores with avx512_bf16 manage within an hour
 
 
 def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_logits: Tensor | None, labels: Tensor,
@@ -57,13 +58,14 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
     """Algorithm 1 for one target and one auxiliary model (or "none") on `data` of load_cifar10.
 
     path.pt is the best epoch so far by validation loss, path.jsonl the log, one line an epoch, path.checkpoint what an
-    unfinished run goes on from; `settings` are those of settings_of(). Raises FloatingPointError on a loss that is not
-    finite, ValueError where the unfinished run on disk had other settings.
+    unfinished run goes on from; `settings` are those of settings_of(). The scores are those of the weights in training;
+    save_generator then rounds the kernels to 16 bits. Raises FloatingPointError on a loss that is not finite,
+    ValueError where the unfinished run on disk had other settings.
     """
     name, epochs, seed = f"{target_name}-{aux_name}", settings["epochs"], settings["seed"]
     weights = settings["w_target"], settings["w_aux"], settings["w_ssim"]
-    (images, labels), validation = ([part[:settings["limit"]] for part in data[half]]
-                                    for half in ("train", "validation"))
+    (images, labels), validation = ([part[:settings["limit"]] for part in data[split]]
+                                    for split in ("train", "validation"))
     batch_size = min(settings["batch_size"], len(images))
     steps_an_epoch = len(images) // batch_size
 
@@ -83,7 +85,7 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
         save(f"{path}.checkpoint", {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
                                     "scaler": scaler.state_dict(), "log": log, "settings": settings})
 
-    print(f"{name}  target {find_classifier(target_name)}, auxiliary {aux and find_classifier(aux_name)}", flush=True)
+    print(f"{name}  target {find_classifier(target_name)}, auxiliary {find_classifier(aux_name)}", flush=True)
     if state := load_checkpoint(f"{path}.checkpoint", settings):
         generator.load_state_dict(state["generator"])
         optimizer.load_state_dict(state["optimizer"])
@@ -120,7 +122,6 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
                            + weights[2] * result["signed_ssim"])  # Eq. (4) again, on the validation half
         if not math.isfinite(sum(means) + validation_loss):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch}")
-
         best = all(validation_loss < line["validation_loss"] for line in log)
         log.append({"epoch": epoch, **dict(zip(("loss", "loss_target", "loss_aux", "loss_ssim"), means)),
                     "validation_loss": validation_loss, **{f"validation_{key}": value for key, value in result.items()},
@@ -185,30 +186,45 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     args.pairs = [(target, aux) for target in targets for aux in auxes if target != aux]
     if not args.pairs:
         parser.error("a target is never its own auxiliary: name another one, or use --aux none")
-    args.epochs = args.epochs or EPOCHS["cuda" if args.device.startswith("cuda") else "cpu"]
+    args.epochs = args.epochs or EPOCHS[kind_of(args.device)]
     return args
 
 
 def main() -> None:
     # Under torchrun every rank takes each WORLD_SIZEth piece of work and only waits for the classifiers of the others.
+    # Rank 0 alone downloads, and looks what is there and what there is to do.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())  # what "cuda" means
-    args = arguments()
-    pairs = args.pairs
+    args, failed, todo, missing = arguments(), [], [], []
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     torch.backends.cudnn.benchmark = True
     if rank == 0:
-        print(f"{len(pairs)} generator{'s' * (len(pairs) > 1)}, {args.epochs} epochs each "
+        print(f"{len(args.pairs)} generator{'s' * (len(args.pairs) > 1)}, {args.epochs} epochs each "
               f"(the paper: {EPOCHS['cuda']}; the default on a CPU: {EPOCHS['cpu']})", flush=True)
         data = load_cifar10(args.data, args.device)
         if args.force:  # all of them now: after an interruption the command without --force then does the rest
-            remove(*(f"{args.out}/generator-{target}-{aux}.{ending}" for target, aux in pairs
+            remove(*(f"{args.out}/generator-{target}-{aux}.{ending}" for target, aux in args.pairs
                      for ending in ("pt", "jsonl", "checkpoint")))
-    missing = [name for name in CLASSIFIERS if any(name in pair for pair in pairs) and not find_classifier(name)]
+        for target, aux in args.pairs:
+            path = f"{args.out}/generator-{target}-{aux}"
+            if not os.path.exists(f"{path}.pt") or os.path.exists(f"{path}.checkpoint"):
+                todo.append((target, aux))
+                continue
+            try:
+                changed = differences(load_generator(f"{path}.pt")[1], settings_of(target, aux, args))
+                print(f"{target}-{aux}  skipped: {path}.pt is finished{' with ' * bool(changed)}{changed} "
+                      "(--force trains it again)", flush=True)
+            except ValueError as error:
+                print(f"error: {target}-{aux}: {error}", file=sys.stderr, flush=True)
+                failed.append(f"{target}-{aux}")
+        missing = [name for name in CLASSIFIERS if any(name in pair for pair in todo) and not find_classifier(name)]
     if world > 1:
-        dist.barrier()  # rank 0 alone downloads, and all have seen the same classifiers missing
+        random.Random(0).shuffle(todo)  # or one rank would have all the pairs of the costliest auxiliary model
+        work = [todo, missing]
+        dist.broadcast_object_list(work)
+        todo, missing = work
     if rank > 0:
         data = load_cifar10(args.data, args.device)
     for name in missing[rank::world]:
@@ -216,25 +232,20 @@ def main() -> None:
               "minute", flush=True)
         try:
             train_classifier(name, data, args.device, seed=args.seed, precision=args.precision)
-        except (FloatingPointError, ValueError) as error:  # what needs it fails below, the rest is trained
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:  # what needs it fails below
+            print(f"error: {name}: {first_line(error)}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            sys.exit(f"\nstopped in {name}: the same command goes on after its last finished epoch")
     if world > 1:
         dist.barrier()
 
-    failed = []
-    for target, aux in pairs[rank::world]:
-        path, settings = os.path.join(args.out, f"generator-{target}-{aux}"), settings_of(target, aux, args)
+    for target, aux in todo[rank::world]:
+        path = f"{args.out}/generator-{target}-{aux}"
         try:
-            if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
-                changed = differences(load_generator(f"{path}.pt")[1], settings)
-                print(f"{target}-{aux}  skipped: {path}.pt is finished{' with ' * bool(changed)}{changed} "
-                      "(--force trains it again)", flush=True)
-            else:
-                train_generator(target, aux, data, path, settings, args.device)
-        except (FloatingPointError, ValueError, FileNotFoundError) as error:  # one that fails does not stop the others
-            remedy = ": try a lower --lr or --precision fp32, with --force"
-            print(f"error: {target}-{aux}: {error}{remedy if isinstance(error, FloatingPointError) else ''}",
-                  file=sys.stderr, flush=True)
+            train_generator(target, aux, data, path, settings_of(target, aux, args), args.device)
+        except (FloatingPointError, ValueError, FileNotFoundError, torch.OutOfMemoryError) as error:  # others go on
+            remedy = ": try a lower --lr or --precision fp32, with --force" * isinstance(error, FloatingPointError)
+            print(f"error: {target}-{aux}: {first_line(error)}{remedy}", file=sys.stderr, flush=True)
             failed.append(f"{target}-{aux}")
         except KeyboardInterrupt:
             best = f"{path}.pt holds the best epoch so far; " if os.path.exists(f"{path}.pt") else ""

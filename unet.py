@@ -9,7 +9,6 @@ One forward pass of a fully convolutional network: the cost does not depend on t
 import contextlib
 import io
 import os
-import pickle
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +43,10 @@ class UNet(nn.Module):
         self.exit = nn.Conv2d(w[0], 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)
-        skips = [x]
+        x, skips = self.enter(x), []
         for down in self.down:
-            x = down(F.max_pool2d(x, 2))
             skips.append(x)
-        skips.pop()  # the lowest level has nothing to skip to
+            x = down(F.max_pool2d(x, 2))
         for up, merge in zip(self.up, self.merge):
             x = merge(torch.cat([skips.pop(), up(x)], 1))
         return self.exit(x)
@@ -59,7 +56,7 @@ class Generator(nn.Module):
     """The protective perturbation generator: image to protected image, both (N, 3, H, W) RGB in [0, 1], H and W >= 16.
 
     The U-Net works on the normalised image, so its delta is scaled back by the standard deviation. Where H or W is not
-    a multiple of 16 the picture is mirrored outwards to the next one and delta is cropped. Raises ValueError on any
+    a multiple of 16 the picture is padded to the next one by mirroring, and delta is cropped. Raises ValueError on any
     other shape. Source: Section 3.2, Figure 3.
     """
 
@@ -110,5 +107,7 @@ def load_generator(path: str) -> tuple[Generator, dict]:
         generator = Generator()
         generator.load_state_dict(file["generator"])
         return generator.eval(), file["meta"]
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch.load meets foreign bytes with nearly every kind
         raise ValueError(f"{path} is damaged or not a generator of this project: delete or replace it") from error
