@@ -1186,7 +1186,6 @@ def test_newer_bytecode_is_refused(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-
 def phone_command(monkeypatch, capsys, *arguments):
     """export_mobile.py in this process: (exit code, what it printed, what it said of errors)."""
     code, message = run_main(export_mobile, monkeypatch, *arguments)
