@@ -85,7 +85,7 @@ def train_generator(target_name: str, aux_name: str, data: dict, path: str, sett
         save(f"{path}.checkpoint", {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
                                     "scaler": scaler.state_dict(), "log": log, "settings": settings})
 
-    print(f"{name}  target {find_classifier(target_name)}, auxiliary {find_classifier(aux_name)}", flush=True)
+    print(f"{name}  target {find_classifier(target_name)}, auxiliary {find_classifier(aux_name) or 'none'}", flush=True)
     if state := load_checkpoint(f"{path}.checkpoint", settings):
         generator.load_state_dict(state["generator"])
         optimizer.load_state_dict(state["optimizer"])
@@ -201,7 +201,7 @@ def main() -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     torch.backends.cudnn.benchmark = True
     if rank == 0:
-        print(f"{len(args.pairs)} generator{'s' * (len(args.pairs) > 1)}, {args.epochs} epochs each "
+        print(f"{len(args.pairs)} generator{'s' * (len(args.pairs) > 1)}, epochs for each: {args.epochs} "
               f"(the paper: {EPOCHS['cuda']}; the default on a CPU: {EPOCHS['cpu']})", flush=True)
         data = load_cifar10(args.data, args.device)
         if args.force:  # all of them now: after an interruption the command without --force then does the rest
