@@ -208,8 +208,7 @@ def read_weights(model: nn.Module, name: str, path: str) -> dict:
     except OSError:
         raise
     except Exception as error:  # torch.load meets foreign bytes with nearly every kind
-        raise ValueError(f"{path} is damaged or not a {name}: delete it, and run python classifiers.py --arch {name}"
-                         ) from error
+        raise ValueError(f"{path} is damaged or not a {name}") from error
 
 
 def load_classifier(name: str, device: str = "cpu") -> nn.Module:
@@ -221,7 +220,11 @@ def load_classifier(name: str, device: str = "cpu") -> nn.Module:
     model, path = build_classifier(name), find_classifier(name)
     if path is None:
         raise FileNotFoundError(f"no trained {name} in runs/ or weights/: run python classifiers.py --arch {name}")
-    if limit := read_weights(model, name, path).get("limit"):
+    try:
+        meta = read_weights(model, name, path)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it, and run python classifiers.py --arch {name}") from error
+    if limit := meta.get("limit"):
         print(f"warning: {path} is a quick look, trained on {limit} images: delete it or train it again",
               file=sys.stderr, flush=True)
     return model.requires_grad_(False).eval().to(device)
@@ -287,8 +290,8 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
     draws its own): a classifier that never saw any is lost under noise that a person hardly sees. `smoothing` is the
     share of the label that is spread over all classes: it helps accuracy, but such a classifier is never sure, and as a
     target it hardly punishes a generator for its mistakes (Eq. 1). With `average` the result is the mean of the weights
-    in `start` and the last ones, with most of the accuracy of those and the robustness of these (Wortsman et al.,
-    "Robust fine-tuning of zero-shot models", 2022).
+    in `start`, which this function wrote, and the last ones, with most of the accuracy of those and the robustness of
+    these (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
     Muon for the convolutions, Nesterov SGD for the rest, one-cycle learning rate. The schedule is fixed and its end is
     the result: no test or validation image decides anything. After a stop, the same call goes on from the last finished
     epoch.
@@ -604,6 +607,8 @@ def main() -> None:
     if args.average and not args.start:
         parser.error("--average needs --start: the other weights of the mean")
     torch.backends.cudnn.benchmark = True
+    if args.start:  # a wrong file is better known now than after --force
+        read_weights(build_classifier(names[0]), names[0], args.start)
     data, failed = load_cifar10(args.data, args.device), []
     if args.force:  # all of them now: after an interruption the command without --force then does the rest
         remove(*(f"runs/{name}.{ending}" for name in names for ending in ("pt", "checkpoint")))

@@ -606,9 +606,11 @@ def test_classifier_goes_on_from_a_file_with_noise_smoothing_and_averaging(small
                               (("--arch", "resnet18", "--average"), 2, "needs --start"),
                               (("--arch", "resnet18", "--smoothing", "2"), 2, "--smoothing 2"),
                               (("--arch", "resnet34", "--start", "start.pt"), 1, "start.pt is damaged or not"),
+                              (("--arch", "resnet18", "--start", "runs/mobilenet_v2.pt", "--force"), 1, "a resnet18"),
                               (("--arch", "resnet34", "--start", "absent.pt"), 1, "absent.pt")):
         got, message = run_main(classifiers, monkeypatch, *wrong)
         assert got == code and said in message + capsys.readouterr().err
+    assert os.path.exists("runs/resnet18.pt")  # --force took nothing away before the start was known to be good
 
 
 # --- train.py ---------------------------------------------------------------------------------------------------------
