@@ -240,7 +240,7 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 # --- Training a classifier --------------------------------------------------------------------------------------------
 
 EPOCHS = {"cuda": 60, "cpu": 16}  # by kind_of(device)
-BATCH_SIZE, LR, WEIGHT_DECAY = 256, 0.03, 1e-3
+BATCH_SIZE, LR, WEIGHT_DECAY, SMOOTHING = 256, 0.03, 1e-3, 0.1
 
 
 class Muon(torch.optim.Optimizer):
@@ -282,22 +282,26 @@ class Muon(torch.optim.Optimizer):
 def train_classifier(name: str, data: dict, device: str, epochs: int | None = None,
                      batch_size: int = BATCH_SIZE, lr: float = LR, weight_decay: float = WEIGHT_DECAY, seed: int = 0,
                      precision: str = "auto", limit: int | None = None, start: str | None = None,
-                     noise: float = 0.0) -> None:
+                     noise: float = 0.0, smoothing: float = SMOOTHING, average: bool = False) -> None:
     """Train a classifier on CIFAR-10 (`data` of load_cifar10) and write runs/NAME.pt.
 
     `limit` takes the first so many images of each split, `epochs` None the device's number of EPOCHS. `start` is a
     trained file to go on from, `noise` the largest standard deviation of Gaussian noise on the training images (each
-    draws its own): a classifier that never saw any is lost under noise that a person hardly sees.
-    Muon for the convolutions, Nesterov SGD for the rest, one-cycle learning rate, label smoothing. The schedule is
-    fixed and the last weights are the result: no test or validation image decides anything. After a stop, the same
-    call goes on from the last finished epoch.
+    draws its own): a classifier that never saw any is lost under noise that a person hardly sees. `smoothing` is the
+    share of the label that is spread over all classes: the larger, the less sure the classifier becomes, and the less
+    it weighs in Eq. (4), as target or as auxiliary model. With `average` the result is the mean of the weights in
+    `start`, which this function wrote, and the last ones: most of the accuracy of those, half of what these learnt
+    (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
+    Muon for the convolutions, Nesterov SGD for the rest, one-cycle learning rate. The schedule is fixed and its end is
+    the result: no test or validation image decides anything. After a stop, the same call goes on from the last finished
+    epoch.
     Raises FloatingPointError on a loss that is not finite, ValueError where the unfinished run had other settings.
     """
     kind, dtype = torch.device(device).type, autocast_dtype(device, precision)
     epochs = epochs or EPOCHS[kind_of(device)]
     settings = {"name": name, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
                 "seed": seed, "precision": str(dtype).removeprefix("torch."), "limit": limit, "noise": noise,
-                "start_sha256": fingerprint(start)}
+                "smoothing": smoothing, "average": average, "start_sha256": fingerprint(start)}
     (images, labels), validation_half = ([part[:limit] for part in data[split]] for split in ("train", "validation"))
     batch_size = min(batch_size, len(images))
     steps_an_epoch = len(images) // batch_size
@@ -339,7 +343,7 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
                 x = (x + noise * torch.rand(len(x), 1, 1, 1, device=device) * torch.randn_like(x)).clamp(0, 1)
             with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
                 logits = model(x)
-            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
+            loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=smoothing)
             scaler.scale(loss).backward()
             for optimizer in optimizers:
                 scaler.step(optimizer)
@@ -360,8 +364,14 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
         print(f"{name}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}  validation {validation:.2f}%  "
               f"{speed:.0f} images/s  {minutes(seconds / epoch * (epochs - epoch))} left", flush=True)
 
+    weights = model.state_dict()
+    if average:
+        first = build_classifier(name).to(device)
+        read_weights(first, name, start)
+        weights = {key: value.lerp(weights[key], 0.5) if value.is_floating_point() else weights[key]
+                   for key, value in first.state_dict().items()}
     # Kernels and matrices are stored in 16 bits; the accuracy is that of the stored weights.
-    weights = {key: value.half() if value.dim() > 1 else value for key, value in model.state_dict().items()}
+    weights = {key: value.half() if value.dim() > 1 else value for key, value in weights.items()}
     model.load_state_dict(weights)
     test_images, test_labels = (torch.cat(parts)[:limit] for parts in zip(data["validation"], data["test"]))
     score = accuracy(model.eval(), test_images, test_labels)
@@ -582,12 +592,20 @@ def main() -> None:
                         help="go on from this trained file of the one --arch (default: from scratch)")
     parser.add_argument("--noise", type=positive(float, or_zero=True), default=0.0,
                         help="largest standard deviation of noise on training images in [0, 1] (default: %(default)s)")
+    parser.add_argument("--smoothing", type=positive(float, or_zero=True), default=SMOOTHING,
+                        help="share of the label that is spread over all classes (default: %(default)s)")
+    parser.add_argument("--average", action="store_true",
+                        help="the result is the mean of the weights in --start and the trained ones (default: no)")
     parser.add_argument("--force", action="store_true", help="train again what is finished, start over what is not")
     add_common_arguments(parser)
     args = parser.parse_args()
     names = CLASSIFIERS if "all" in args.arch else args.arch
     if args.start and (len(names) > 1 or os.path.realpath(args.start) == os.path.realpath(f"runs/{names[0]}.pt")):
         parser.error("--start takes one --arch and a file that the result does not replace: copy it elsewhere first")
+    if args.smoothing > 1:
+        parser.error(f"--smoothing {args.smoothing}: a share is from 0 to 1")
+    if args.average and not args.start:
+        parser.error("--average needs --start: the other weights of the mean")
     if args.start:  # a wrong file is better known now than after --force
         read_weights(build_classifier(names[0]), names[0], args.start)
     torch.backends.cudnn.benchmark = True
@@ -600,7 +618,8 @@ def main() -> None:
             continue
         try:
             train_classifier(name, data, args.device, args.epochs, args.batch_size, args.lr, args.weight_decay,
-                             args.seed, args.precision, args.limit, args.start, args.noise)
+                             args.seed, args.precision, args.limit, args.start, args.noise, args.smoothing,
+                             args.average)
         except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:  # the others are still trained
             print(f"error: {name}: {first_line(error)}", file=sys.stderr, flush=True)
             failed.append(name)

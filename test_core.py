@@ -567,7 +567,7 @@ def test_classifier_training_learns_resumes_and_is_kept(workplace, data):
     assert all(torch.equal(value, again[key]) for key, value in whole["classifier"].items())
 
 
-def test_classifier_goes_on_from_a_file_and_sees_noise(small, monkeypatch, capsys):
+def test_classifier_goes_on_from_a_file_with_noise_smoothing_and_averaging(small, monkeypatch, capsys):
     whole, seen = build_classifier, []
 
     def spy(name):
@@ -584,11 +584,27 @@ def test_classifier_goes_on_from_a_file_and_sees_noise(small, monkeypatch, capsy
         off = (seen[0] * 255 - (seen[0] * 255).round()).abs().amax((1, 2, 3))  # from the nearest 8-bit level
         assert seen[0].min() >= 0 and seen[0].max() <= 1
         assert off.max() < 1e-3 if noise == "0" else (off > 0.1).all()
-    start, result = (torch.load(path)["classifier"]["fc.weight"] for path in ("start.pt", "runs/resnet18.pt"))
-    assert torch.equal(start.half(), result)  # the rate is too small to leave the place where it started
+    capsys.readouterr()
+    for smoothing in "0", "0.3", "1":
+        assert run_main(classifiers, monkeypatch, *arguments, "--force", "--smoothing", smoothing) == (0, "")
+    losses = [float(part.split()[0]) for part in capsys.readouterr().out.split("loss ")[1:]]
+    assert losses[1] == pytest.approx(0.7 * losses[0] + 0.3 * losses[2], abs=2e-3)  # 30% of the label for all classes
+    assert abs(losses[2] - losses[0]) > 0.02
+    start, result = (torch.load(path)["classifier"] for path in ("start.pt", "runs/resnet18.pt"))
+    assert torch.equal(start["fc.weight"].half(), result["fc.weight"])  # the rate is too small to leave the start
+    results = []
+    for average in [], ["--average"]:
+        assert run_main(classifiers, monkeypatch, *arguments[:-1], "0.1", "--force", *average) == (0, "")
+        results.append(torch.load("runs/resnet18.pt")["classifier"])
+    assert (results[0]["fc.weight"] - start["fc.weight"]).abs().max() > 0.01
+    for key, value in results[1].items():
+        mean = (start[key] + results[0][key]) / 2 if value.is_floating_point() else results[0][key]
+        assert torch.allclose(value.float(), mean.float(), rtol=1e-3, atol=1e-3), key
     capsys.readouterr()
     for wrong, code, said in ((("--arch", "resnet18", "resnet34", "--start", "start.pt"), 2, "one --arch"),
                               (("--arch", "resnet18", "--start", "runs/resnet18.pt"), 2, "copy it elsewhere"),
+                              (("--arch", "resnet18", "--average"), 2, "needs --start"),
+                              (("--arch", "resnet18", "--smoothing", "2"), 2, "--smoothing 2"),
                               (("--arch", "resnet34", "--start", "start.pt"), 1, "start.pt is damaged or not"),
                               (("--arch", "resnet18", "--start", "runs/mobilenet_v2.pt", "--force"), 1, "a resnet18"),
                               (("--arch", "resnet34", "--start", "absent.pt"), 1, "absent.pt")):
@@ -1452,7 +1468,8 @@ def our_training(data, steps):
     """Images/s of train.py itself, from its own log."""
     few = {key: (x[:256], y[:256]) for key, (x, y) in data.items()} | {"train": data["train"]}
     settings = train.settings_of("vgg13_bn", "resnet18", train.arguments(
-        ["--target", "vgg13_bn", "--aux", "resnet18", "--epochs", "1", "--limit", str(256 * steps), "--device", "cpu"]))
+        ["--target", "vgg13_bn", "--aux", "resnet18", "--epochs", "1", "--batch-size", "256", "--limit",
+         str(256 * steps), "--device", "cpu"]))
     train.train_generator("vgg13_bn", "resnet18", few, "speed", settings, "cpu")
     return read_log("speed.jsonl")[0]["images_per_second"]
 
