@@ -282,26 +282,25 @@ class Muon(torch.optim.Optimizer):
 def train_classifier(name: str, data: dict, device: str, epochs: int | None = None,
                      batch_size: int = BATCH_SIZE, lr: float = LR, weight_decay: float = WEIGHT_DECAY, seed: int = 0,
                      precision: str = "auto", limit: int | None = None, start: str | None = None,
-                     noise: float = 0.0, smoothing: float = SMOOTHING, average: bool = False) -> None:
+                     noise: float = 0.0, smoothing: float = SMOOTHING, last_layer: bool = False) -> None:
     """Train a classifier on CIFAR-10 (`data` of load_cifar10) and write runs/NAME.pt.
 
     `limit` takes the first so many images of each split, `epochs` None the device's number of EPOCHS. `start` is a
     trained file to go on from, `noise` the largest standard deviation of Gaussian noise on the training images (each
     draws its own): a classifier that never saw any is lost under noise that a person hardly sees. `smoothing` is the
     share of the label that is spread over all classes: the larger, the less sure the classifier becomes, and the less
-    it weighs in Eq. (4), as target or as auxiliary model. With `average` the result is the mean of the weights in
-    `start`, which this function wrote, and the last ones: most of the accuracy of those, half of what these learnt
-    (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
-    Muon for the convolutions, Nesterov SGD for the rest, one-cycle learning rate. The schedule is fixed and its end is
-    the result: no test or validation image decides anything. After a stop, the same call goes on from the last finished
-    epoch.
+    it weighs in Eq. (4), as target or as auxiliary model. With `last_layer` no other parameter learns (batch norm's
+    running statistics still follow the images): that changes how sure it is, and hardly how often it is right.
+    Muon for the convolutions, Nesterov SGD for the rest, one-cycle learning rate. The schedule is fixed and the last
+    weights are the result: no test or validation image decides anything in it. After a stop, the same call goes on from
+    the last finished epoch.
     Raises FloatingPointError on a loss that is not finite, ValueError where the unfinished run had other settings.
     """
     kind, dtype = torch.device(device).type, autocast_dtype(device, precision)
     epochs = epochs or EPOCHS[kind_of(device)]
     settings = {"name": name, "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
                 "seed": seed, "precision": str(dtype).removeprefix("torch."), "limit": limit, "noise": noise,
-                "smoothing": smoothing, "average": average, "start_sha256": fingerprint(start)}
+                "smoothing": smoothing, "last_layer": last_layer, "start_sha256": fingerprint(start)}
     (images, labels), validation_half = ([part[:limit] for part in data[split]] for split in ("train", "validation"))
     batch_size = min(batch_size, len(images))
     steps_an_epoch = len(images) // batch_size
@@ -312,12 +311,17 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
     if start:
         read_weights(model, name, start)
     model = faster_convolutions(model.to(device))
-    kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
-    rest = [parameter for parameter in model.parameters() if parameter.dim() < 4]
+    learning = list(model.parameters())[-2 if last_layer else 0:]  # its weight and its bias, or all
+    model.requires_grad_(False)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    kernels = [parameter for parameter in learning if parameter.dim() == 4]
+    rest = [parameter for parameter in learning if parameter.dim() < 4]
     # Not fused in fp16: where the scaler skips the very first step, fused SGD goes on with momentum that was never set.
-    optimizers = (Muon(kernels, lr, dtype=dtype),
-                  torch.optim.SGD(rest, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay,
-                                  fused=dtype != torch.float16))
+    optimizers = [torch.optim.SGD(rest, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay,
+                                  fused=dtype != torch.float16)]
+    if kernels:
+        optimizers.append(Muon(kernels, lr, dtype=dtype))
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     done, seconds = 0, 0.0
     checkpoint = f"runs/{name}.checkpoint"
@@ -364,14 +368,8 @@ def train_classifier(name: str, data: dict, device: str, epochs: int | None = No
         print(f"{name}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}  validation {validation:.2f}%  "
               f"{speed:.0f} images/s  {minutes(seconds / epoch * (epochs - epoch))} left", flush=True)
 
-    weights = model.state_dict()
-    if average:
-        first = build_classifier(name).to(device)
-        read_weights(first, name, start)
-        weights = {key: value.lerp(weights[key], 0.5) if value.is_floating_point() else weights[key]
-                   for key, value in first.state_dict().items()}
     # Kernels and matrices are stored in 16 bits; the accuracy is that of the stored weights.
-    weights = {key: value.half() if value.dim() > 1 else value for key, value in weights.items()}
+    weights = {key: value.half() if value.dim() > 1 else value for key, value in model.state_dict().items()}
     model.load_state_dict(weights)
     test_images, test_labels = (torch.cat(parts)[:limit] for parts in zip(data["validation"], data["test"]))
     score = accuracy(model.eval(), test_images, test_labels)
@@ -594,8 +592,7 @@ def main() -> None:
                         help="largest standard deviation of noise on training images in [0, 1] (default: %(default)s)")
     parser.add_argument("--smoothing", type=positive(float, or_zero=True), default=SMOOTHING,
                         help="share of the label that is spread over all classes (default: %(default)s)")
-    parser.add_argument("--average", action="store_true",
-                        help="the result is the mean of the weights in --start and the trained ones (default: no)")
+    parser.add_argument("--last-layer", action="store_true", help="train the last layer alone (default: all layers)")
     parser.add_argument("--force", action="store_true", help="train again what is finished, start over what is not")
     add_common_arguments(parser)
     args = parser.parse_args()
@@ -604,8 +601,8 @@ def main() -> None:
         parser.error("--start takes one --arch and a file that the result does not replace: copy it elsewhere first")
     if args.smoothing > 1:
         parser.error(f"--smoothing {args.smoothing}: a share is from 0 to 1")
-    if args.average and not args.start:
-        parser.error("--average needs --start: the other weights of the mean")
+    if args.last_layer and not args.start:
+        parser.error("--last-layer needs --start: the other layers would stay untrained")
     if args.start:  # a wrong file is better known now than after --force
         read_weights(build_classifier(names[0]), names[0], args.start)
     torch.backends.cudnn.benchmark = True
@@ -619,7 +616,7 @@ def main() -> None:
         try:
             train_classifier(name, data, args.device, args.epochs, args.batch_size, args.lr, args.weight_decay,
                              args.seed, args.precision, args.limit, args.start, args.noise, args.smoothing,
-                             args.average)
+                             args.last_layer)
         except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:  # the others are still trained
             print(f"error: {name}: {first_line(error)}", file=sys.stderr, flush=True)
             failed.append(name)
