@@ -26,7 +26,7 @@ from evaluate import score
 from ssim import ssim
 from unet import Generator, load_generator, save_generator
 
-# On a GPU the paper's; on a CPU fewer epochs, of more steps: within an hour on 2 cores with avx512_bf16.
+# On a GPU those of Section 4.1.3; on a CPU fewer epochs, of more steps: within an hour on 2 cores with avx512_bf16.
 EPOCHS = {"cuda": 100, "cpu": 4}
 BATCH_SIZE = {"cuda": 256, "cpu": 64}
 
