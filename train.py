@@ -4,265 +4,271 @@
     torchrun --nproc-per-node 8 train.py --target all --aux all none          all of the paper, split over processes
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C is one line, also while torch is still being imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nstopped\n") and 130))
+
 import argparse
+import contextlib
+import hashlib
+import io
 import json
 import math
-import os
 import random
-import sys
 import time
 from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
+from torchvision.utils import save_image
 
-from classifiers import (CLASSIFIERS, add_common_arguments, augment, autocast_dtype, clear_errors, differences,
-                         faster_convolutions, find_classifier, fingerprint, first_line, fold_batch_norm, hardware,
-                         kind_of, load_checkpoint, load_cifar10, load_classifier, minutes, positive, remove, save,
-                         shuffled_batches, to_float, train_classifier, write_file)
-from evaluate import score
+from classifiers import (CLASSIFIERS, UserError, add_common_arguments, augment, autocast, check_settings,
+                         choose_precision, command, each, find_classifier, hardware, learning_rate, load, load_cifar10,
+                         load_classifier, number, ranks, remove, resumable, save, shuffled_batches, to_float,
+                         train_classifier)
 from ssim import ssim
-from unet import Generator, load_generator, save_generator
+from unet import Encoder, Generator
 
-# On a GPU those of Section 4.1.3; on a CPU fewer epochs, of more steps: within an hour on 2 cores with avx512_bf16.
-EPOCHS = {"cuda": 100, "cpu": 4}
-BATCH_SIZE = {"cuda": 256, "cpu": 64}
+# Section 4.1.3. A CPU takes fewer epochs, of more steps, from an encoder that has learnt to recognise.
+SETTINGS = {"lr": 0.005, "weight_decay": 0.0005, "w_target": 1.0, "w_aux": 1.0, "w_ssim": 0.5, "seed": 0}
+DEFAULTS = {"cuda": {"start": "random", "epochs": 100, "batch_size": 256},
+            "cpu": {"start": "encoder", "epochs": 2, "batch_size": 64}}
+
+
+class Loss(NamedTuple):
+    total: Tensor  # Eq. (4)
+    target: Tensor  # Eq. (1)
+    aux: Tensor  # Eq. (2)
+    ssim: Tensor  # Eq. (3)
 
 
 def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_logits: Tensor | None, labels: Tensor,
-                    w_target: float = 1.0, w_aux: float = 1.0, w_ssim: float = 0.5) -> Tensor:
-    """(4,): Loss, Loss_target, Loss_aux, Loss_SI of Section 3.3; the first is what training minimises.
+                    w_target: float = 1.0, w_aux: float = 1.0, w_ssim: float = 0.5) -> Loss:
+    """The loss of Section 3.3 and its terms, each the mean over the batch; training minimises `total`.
 
     w_ssim is the paper's omega_SI; the default weights are those of Section 4.1.3. x and protected are (N, 3, H, W)
-    in [0, 1], the logits (N, 10), the labels (N,). Without an auxiliary model (aux_logits None) Loss_aux is 0. Raises
-    ValueError where ssim() does.
+    in [0, 1], the logits (N, classes), the labels (N,). Without an auxiliary model (aux_logits None) its term is 0.
+    Raises ValueError where ssim() does.
     """
     loss_target = F.cross_entropy(target_logits.float(), labels)  # Eq. (1)
-    loss_aux = torch.zeros_like(loss_target)
-    if aux_logits is not None:
-        loss_aux = -F.cross_entropy(aux_logits.float(), labels)  # Eq. (2)
+    loss_aux = -F.cross_entropy(aux_logits.float(), labels) if aux_logits is not None else 0 * loss_target  # Eq. (2)
     loss_ssim = ssim(x, protected).mean()  # Eq. (3)
-    loss = w_target * loss_target + w_aux * loss_aux + w_ssim * loss_ssim  # Eq. (4)
-    return torch.stack([loss, loss_target, loss_aux, loss_ssim])
+    total = w_target * loss_target + w_aux * loss_aux + w_ssim * loss_ssim  # Eq. (4)
+    return Loss(total, loss_target, loss_aux, loss_ssim)
 
 
-def learning_rate(step: int, steps: int, highest: float) -> float:
-    """Of step 0 to steps - 1: linear warm-up over the first 30%, then a cosine to zero, as in the authors' code."""
-    warmup = 0.3 * steps
-    if step < warmup:
-        return highest * (step + 1) / (warmup + 1)
-    return highest * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+# --- Scoring (Section 4.2.1): validation here, every report in evaluate.py --------------------------------------------
 
+@torch.no_grad()
+def protect(generator: nn.Module, images: Tensor) -> Tensor:
+    """What leaves the phone: uint8 images (N, 3, H, W) to the generator's output for them, rounded to 8 bits.
 
-def train_generator(target_name: str, aux_name: str, data: dict, path: str, settings: dict, device: str) -> None:
-    """Algorithm 1 for one target and one auxiliary model (or "none") on `data` of load_cifar10.
-
-    path.pt is the best epoch so far by validation loss, path.jsonl the log, one line an epoch, path.checkpoint what an
-    unfinished run goes on from; `settings` are those of settings_of(). The scores are those of the weights in training;
-    save_generator then rounds the kernels to 16 bits. Raises FloatingPointError on a loss that is not finite,
-    ValueError where the unfinished run on disk had other settings.
+    Raises FloatingPointError where that is not a number, which 8 bits would hide.
     """
-    name, epochs, seed = f"{target_name}-{aux_name}", settings["epochs"], settings["seed"]
-    weights = settings["w_target"], settings["w_aux"], settings["w_ssim"]
-    (images, labels), validation = ([part[:settings["limit"]] for part in data[split]]
-                                    for split in ("train", "validation"))
+    outputs = [255 * generator(to_float(batch)) for batch in images.split(500)]
+    if any(output.isnan().any() for output in outputs):
+        raise FloatingPointError("the output of the U-Net is not finite")
+    return torch.cat([output.round().to(torch.uint8) for output in outputs])
+
+
+@torch.no_grad()
+def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None, labels: Tensor,
+          weights: tuple = (1.0, 1.0, 0.5)) -> dict:
+    """Score protected images against their originals, both uint8 (N, 3, H, W), labels (N,).
+
+    Returns target_accuracy and aux_accuracy in percent (Eq. 5; None without an auxiliary model), the absolute SSIM as
+    ssim (mean, as in Figure 8), ssim_largest and ssim_over_0.1 (percent of images), and the loss of Eq. (4).
+    """
+    loss, right, similarities = 0, {"target": 0, "aux": 0}, []
+    for x, hidden, label in zip(images.split(500), protected.split(500), labels.split(500)):
+        x, hidden = to_float(x), to_float(hidden)
+        logits = {"target": target(hidden), "aux": aux(hidden) if aux else None}
+        loss += len(label) * protective_loss(x, hidden, *logits.values(), label, *weights).total.item()
+        right = {role: right[role] + (out.argmax(1) == label).sum().item() for role, out in logits.items()
+                 if out is not None}
+        similarities.append(ssim(x, hidden).abs())
+    accuracies = {f"{role}_accuracy": 100 * right[role] / len(labels) if role in right else None for role in logits}
+    similarity = torch.cat(similarities)
+    return accuracies | {"loss": loss / len(labels), "ssim": similarity.mean().item(),
+                         "ssim_largest": similarity.max().item(),
+                         "ssim_over_0.1": 100 * (similarity > 0.1).float().mean().item()}
+
+
+# --- Algorithm 1 ------------------------------------------------------------------------------------------------------
+
+def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: str, settings: dict | None = None,
+                    encoder: Encoder | None = None, device: str = "cpu") -> Generator:
+    """Algorithm 1, for any classifiers and images: train a generator, write it to path.pt and return it.
+
+    target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen. `data` is as of
+    load_cifar10: "train" and "validation", uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,), on
+    `device`. `settings` override SETTINGS and DEFAULTS. A trained `encoder` is copied and frozen; without one all of U
+    starts at random. The best epoch by validation loss is the generator; path.jsonl is the log, path.png eight
+    validation pictures above their protected versions. After a stop, the same call goes on from the last finished
+    epoch. Raises FloatingPointError on a loss that is not finite.
+    """
+    on = "cuda" if device.startswith("cuda") else "cpu"
+    settings = SETTINGS | DEFAULTS[on] | {"precision": choose_precision(device, "fp16")} | (settings or {})
+    name, epochs, precision = os.path.basename(path), settings["epochs"], settings["precision"]
+    weights = [settings[key] for key in ("w_target", "w_aux", "w_ssim")]
+    (images, labels), (validation, validation_labels), log = data["train"], data["validation"], []
     batch_size = min(settings["batch_size"], len(images))
-    steps_an_epoch = len(images) // batch_size
-
-    # F_target and F_aux are frozen and in eval mode: gradients pass through them, nothing in them changes. That lets
-    # their batch norm be folded away, which leaves the function as it is and makes a step a tenth faster.
-    target = faster_convolutions(fold_batch_norm(load_classifier(target_name, device)))
-    aux = None if aux_name == "none" else faster_convolutions(fold_batch_norm(load_classifier(aux_name, device)))
-    torch.manual_seed(seed)
-    generator = faster_convolutions(Generator())  # "Randomly initialize U"
-    generator.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(generator.parameters(), weight_decay=settings["weight_decay"], fused=True)
-    kind, dtype = torch.device(device).type, getattr(torch, settings["precision"])
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-    log = []
-
-    def save_checkpoint():
-        save(f"{path}.checkpoint", {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
-                                    "scaler": scaler.state_dict(), "log": log, "settings": settings})
-
-    print(f"{name}  target {find_classifier(target_name)}, auxiliary {find_classifier(aux_name) or 'none'}", flush=True)
-    if state := load_checkpoint(f"{path}.checkpoint", settings):
-        generator.load_state_dict(state["generator"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        log = state["log"]
-        print(f"{name}  going on after epoch {len(log)}/{epochs}", flush=True)
-    else:
-        save_checkpoint()  # from the very start: a generator without a checkpoint beside it is a finished one
-
-    for epoch in range(len(log) + 1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)  # an epoch's randomness is its own: a resumed run equals an unbroken one
+    steps = len(images) // batch_size
+    for classifier in filter(None, (target, aux)):  # gradients pass through them, nothing in them changes
+        classifier.eval().requires_grad_(False)
+    torch.manual_seed(settings["seed"])
+    generator = Generator().to(device, memory_format=torch.channels_last)  # "Randomly initialize U"
+    if encoder:
+        generator.unet.encoder.load_state_dict(encoder.state_dict())
+        generator.unet.encoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in generator.parameters() if p.requires_grad],
+                                  weight_decay=settings["weight_decay"], fused=True)
+    scaler = torch.amp.GradScaler(on, enabled=precision == "fp16")
+    print(f"{name}  {epochs} epochs; {path}.png shows what it makes of eight validation pictures")
+    for epoch in resumable(path, {"generator": generator, "optimizer": optimizer, "scaler": scaler}, settings, log):
         start, sums = time.monotonic(), torch.zeros(4, device=device)
         generator.train()
+        generator.unet.encoder.train(not encoder)  # frozen: its batch norm statistics too
         batches = shuffled_batches(len(images), batch_size, device, name, epoch, epochs)
-        for step, batch in enumerate(batches, (epoch - 1) * steps_an_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, epochs * steps_an_epoch, settings["lr"])
+        for step, batch in enumerate(batches, (epoch - 1) * steps):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps, settings["lr"])
             x, y = to_float(augment(images[batch])), labels[batch]
-            with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            with autocast(device, precision):
                 protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
                 target_logits = target(protected)
                 aux_logits = aux(protected) if aux else None
-            terms = protective_loss(x, protected, target_logits, aux_logits, y, *weights)
-            scaler.scale(terms[0]).backward()
+            loss = protective_loss(x, protected, target_logits, aux_logits, y, *weights)
+            scaler.scale(loss.total).backward()
             scaler.step(optimizer)  # "Update U to minimize Loss"
             scaler.update()
             optimizer.zero_grad()
-            sums += terms.detach()  # stays on the device: nothing waits for the GPU inside an epoch
-        means = (sums / steps_an_epoch).tolist()
-        speed = steps_an_epoch * batch_size / (time.monotonic() - start)
-        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):  # quicker; evaluate.py reports in float32
-            result = score(generator.eval(), target, aux, *validation)
-        validation_loss = (weights[0] * result["target_loss"] - weights[1] * (result["aux_loss"] or 0.0)
-                           + weights[2] * result["signed_ssim"])  # Eq. (4) again, on the validation half
-        if not math.isfinite(sum(means) + validation_loss):
+            sums += torch.stack(loss).detach()  # stays on the device: nothing waits for a GPU inside an epoch
+        seconds, means = time.monotonic() - start, dict(zip(Loss._fields, (sums / steps).tolist()))
+        with autocast(device, precision):  # quicker; evaluate.py reports in float32
+            protected = protect(generator.eval(), validation)
+            result = score(validation, protected, target, aux, validation_labels, weights)
+        if not math.isfinite(sum(means.values()) + result["loss"]):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch}")
-        best = all(validation_loss < line["validation_loss"] for line in log)
-        log.append({"epoch": epoch, **dict(zip(("loss", "loss_target", "loss_aux", "loss_ssim"), means)),
-                    "validation_loss": validation_loss, **{f"validation_{key}": value for key, value in result.items()},
-                    "images_per_second": speed, "seconds": time.monotonic() - start})
-        # The generator first, then the log, last the checkpoint: killed in between, the epoch is done again, alike.
-        if best:
-            save_generator(f"{path}.pt", generator, {**settings, **log[-1], "hardware": hardware(device),
-                                                     "torch": str(torch.__version__)})
-        write_file(f"{path}.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
-        save_checkpoint()
-        left = sum(line["seconds"] for line in log) / epoch * (epochs - epoch)
-        print(f"{name}  epoch {epoch}/{epochs}  loss {means[0]:.3f} (target {means[1]:.3f}, aux {means[2]:.3f}, SSIM "
-              f"{means[3]:.3f})  validation: {report(result)}, loss {validation_loss:.3f}{' (best)' if best else ''}  "
-              f"{speed:.0f} images/s  {minutes(left)} left", flush=True)
-    os.remove(f"{path}.checkpoint")
-    best = min(log, key=lambda line: line["validation_loss"])
-    print(f"{name}  finished: epoch {best['epoch']} is the generator  -> {path}.pt", flush=True)
+        best = all(result["loss"] < line["validation"]["loss"] for line in log)
+        log.append({"epoch": epoch, "train": means, "validation": result, "seconds": seconds})
+        if best:  # kernels in 16 bits: 15 MB, not 31
+            state = {key: value.half() if value.dim() == 4 else value for key, value in generator.state_dict().items()}
+            save(f"{path}.pt", {"generator": state, "meta": settings | log[-1] | {"hardware": hardware(device)}})
+        save_image(torch.cat([validation[:8], protected[:8]]) / 255, picture := io.BytesIO(), nrow=8, format="png")
+        save(f"{path}.png", picture.getvalue())
+        save(f"{path}.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+        aux_words = f"auxiliary {result['aux_accuracy']:.2f}%, " if aux else ""
+        print(f"{name}  epoch {epoch}/{epochs}  loss {means['total']:.3f}, validation {result['loss']:.3f}"
+              f"{' (best)' * best}: target {result['target_accuracy']:.2f}%, {aux_words}|SSIM| {result['ssim']:.4f}")
+    remove(f"{path}.checkpoint")
+    return load_generator(f"{path}.pt")[0].to(device)
 
 
-def report(result: dict) -> str:
-    aux = "" if result["aux_accuracy"] is None else f"aux {result['aux_accuracy']:.2f}%, "
-    return f"target {result['target_accuracy']:.2f}%, {aux}|SSIM| {result['ssim']:.4f}"
+def load_generator(path: str) -> tuple[Generator, dict]:
+    """A file of train_generator: (generator in eval mode on the CPU, meta: its settings, names and scores).
+
+    Raises UserError where there is no such file, or it is damaged, is something else or holds infinities.
+    """
+    generator = Generator()
+    meta = load(path, generator, "generator").get("meta", {})
+    if not all(value.isfinite().all() for value in generator.state_dict().values()):
+        raise UserError(f"{path} holds numbers that are not finite: train it again with a lower --lr")
+    return generator.eval(), meta
 
 
-def settings_of(target: str, aux: str, args: argparse.Namespace) -> dict:
-    """All that decides how one generator turns out; the two classifiers by the SHA-256 of their files."""
-    lr = args.lr or (0.001 if (target, aux) == ("googlenet", "vgg13_bn") else 0.005)  # Section 4.1.3
-    precision = str(autocast_dtype(args.device, args.precision)).removeprefix("torch.")
-    return {"target": target, "aux": aux, "lr": lr, "precision": precision,
-            "target_sha256": fingerprint(find_classifier(target)), "aux_sha256": fingerprint(find_classifier(aux))
-            } | {key: getattr(args, key) for key in (
-                "epochs", "batch_size", "weight_decay", "w_target", "w_aux", "w_ssim", "seed", "limit")}
+# --- The command ------------------------------------------------------------------------------------------------------
+
+def fingerprint(name: str) -> str | None:
+    """The start of the SHA-256 of a classifier's file: by it a generator knows what it was trained with."""
+    path = find_classifier(name)
+    return path and hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
-def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line (or `words` in its place), understood; `pairs` is what it asks for."""
+def arguments() -> argparse.Namespace:
+    """The command line, understood; `pairs` is what it asks for."""
     parser = argparse.ArgumentParser(description="Train protective perturbation generators (Algorithm 1): one for each "
                                                  "combination of --target and --aux, finished ones skipped.")
-    parser.add_argument("--target", nargs="+", required=True, choices=[*CLASSIFIERS, "all"], metavar="NAME",
-                        help=f"the recognition service: {', '.join(CLASSIFIERS)}, or all")
-    parser.add_argument("--aux", nargs="+", required=True, choices=[*CLASSIFIERS, "none", "all"], metavar="NAME",
-                        help="the auxiliary model: the same names, none, or all (without none)")
-    parser.add_argument("--epochs", type=positive(int),
-                        help=f"(default: {EPOCHS['cuda']} on a GPU, as in the paper, {EPOCHS['cpu']} on a CPU)")
-    parser.add_argument("--limit", type=positive(int),
-                        help="train on the first LIMIT images only, and validate on as many, for a quick look "
-                             "(default: all; a missing classifier is trained on all the same)")
-    parser.add_argument("--batch-size", type=positive(int),
-                        help=f"(default: {BATCH_SIZE['cuda']} on a GPU, as in the paper, {BATCH_SIZE['cpu']} on a CPU)")
-    parser.add_argument("--lr", type=positive(float), help="highest learning rate (default: the paper's 0.005, and "
-                                                           "0.001 for target googlenet with auxiliary vgg13_bn)")
-    parser.add_argument("--weight-decay", type=positive(float, or_zero=True), default=0.0005,
-                        help="(default: %(default)s)")
-    for term, weight in ("target", 1.0), ("aux", 1.0), ("ssim", 0.5):
-        parser.add_argument(f"--w-{term}", type=positive(float, or_zero=True), default=weight,
-                            help="weight of this loss term in Eq. (4) (default: %(default)s)")
-    parser.add_argument("--out", default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="train again what is finished, start over what is not")
+    option, default = parser.add_argument, DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"]
+    option("--target", nargs="+", required=True, choices=[*CLASSIFIERS, "all"], metavar="NAME",
+           help=f"the recognition service: {', '.join(CLASSIFIERS)}, or all")
+    option("--aux", nargs="+", required=True, choices=[*CLASSIFIERS, "none", "all"], metavar="NAME",
+           help="the auxiliary model: the same names, none, or all (without none)")
     add_common_arguments(parser)
-    args = parser.parse_args(words)
-    targets = [name for name in CLASSIFIERS if name in args.target or "all" in args.target]
-    auxes = [name for name in (*CLASSIFIERS, "none") if name in args.aux or "all" in args.aux and name != "none"]
-    args.pairs = [(target, aux) for target in targets for aux in auxes if target != aux]
+    option("--start", choices=("encoder", "random"), default=default["start"], help="frozen, from an encoder that "
+           "recognises; or from nothing, as in the paper (default here: %(default)s)")
+    option("--epochs", type=number(int, 1), default=default["epochs"], help="(default here: %(default)s)")
+    option("--batch-size", type=number(int, 2), default=default["batch_size"], help="(default here: %(default)s)")
+    option("--precision", choices=("fp16", "bf16", "fp32"), help="(default: fp16 on a GPU; bf16 on a CPU that has the "
+                                                                 "instructions, else fp32)")
+    option("--lr", type=number(float, 1e-9), help="the highest (default: 0.005, and 0.001 for target googlenet with "
+                                                  "auxiliary vgg13_bn, as in the paper)")
+    for term in "target", "aux", "ssim":
+        option(f"--w-{term}", type=number(float, 0), default=SETTINGS[f"w_{term}"],
+               help="weight of this term in Eq. (4) (default: %(default)s)")
+    option("--limit", type=number(int, 2), help="use the first LIMIT images of each split only (default: all)")
+    option("--out", default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
+    option("--force", action="store_true", help="train again what is finished, start over what is not")
+    args = parser.parse_args()
+    targets = [name for name in CLASSIFIERS if {name, "all"} & {*args.target}]
+    auxes = [name for name in CLASSIFIERS if {name, "all"} & {*args.aux}] + ["none"] * ("none" in args.aux)
+    args.pairs = [f"{target}-{aux}" for target in targets for aux in auxes if target != aux]
     if not args.pairs:
         parser.error("a target is never its own auxiliary: name another one, or use --aux none")
-    args.epochs = args.epochs or EPOCHS[kind_of(args.device)]
-    args.batch_size = args.batch_size or BATCH_SIZE[kind_of(args.device)]
     return args
 
 
+def train_pair(pair: str, args: argparse.Namespace, data: dict) -> None:
+    """Train the generator for "TARGET-AUX", unless it is finished."""
+    (target, aux), path = pair.split("-"), f"{args.out}/generator-{pair}"
+    asked = "start", "epochs", "batch_size", "w_target", "w_aux", "w_ssim", "seed", "limit"
+    settings = {"target": target, "aux": aux, **{key: getattr(args, key) for key in asked},
+                "precision": args.precision or choose_precision(args.device, "fp16"),
+                "lr": args.lr or (0.001 if pair == "googlenet-vgg13_bn" else 0.005)}  # Section 4.1.3
+    networks = {role: load_classifier(name, args.device) for role, name in (
+        ("target", target), ("aux", aux), ("encoder", args.start)) if name not in ("none", "random")}
+    settings |= {f"{role}_sha256": fingerprint(settings.get(role, role)) for role in networks}
+    if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
+        check_settings(f"{path}.pt", load_generator(f"{path}.pt")[1], settings)
+        return print(f"{path}.pt is finished (--force trains it again)")
+    if encoder := networks.get("encoder"):
+        del encoder.linear  # what it recognised with is not part of the U-Net
+    few = {part: (images[:args.limit], labels[:args.limit]) for part, (images, labels) in data.items()}
+    try:
+        train_generator(networks["target"], networks.get("aux"), few, path, settings, encoder, args.device)
+    except FloatingPointError as error:  # names the pair, so that nobody adds --force to --target all
+        raise UserError(f"{error}: try --target {target} --aux {aux} --force with a lower --lr") from error
+
+
 def main() -> None:
-    # Under torchrun every rank takes each WORLD_SIZEth piece of work and only waits for the classifiers of the others.
-    # Rank 0 alone downloads, and looks what is there and what there is to do.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())  # what "cuda" means
-    args, failed, todo, missing = arguments(), [], [], []
+    args, (rank, world) = arguments(), ranks()
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
-    torch.backends.cudnn.benchmark = True
-    if rank == 0:
-        print(f"{len(args.pairs)} generator{'s' * (len(args.pairs) > 1)}, epochs for each: {args.epochs}, batch size: "
-              f"{args.batch_size} (the paper: {EPOCHS['cuda']}, {BATCH_SIZE['cuda']}; the default on a CPU: "
-              f"{EPOCHS['cpu']}, {BATCH_SIZE['cpu']})", flush=True)
-        data = load_cifar10(args.data, args.device)
-        if args.force:  # all of them now: after an interruption the command without --force then does the rest
-            remove(*(f"{args.out}/generator-{target}-{aux}.{ending}" for target, aux in args.pairs
-                     for ending in ("pt", "jsonl", "checkpoint")))
-        for target, aux in args.pairs:
-            path = f"{args.out}/generator-{target}-{aux}"
-            if not os.path.exists(f"{path}.pt") or os.path.exists(f"{path}.checkpoint"):
-                todo.append((target, aux))
-                continue
-            try:
-                changed = differences(load_generator(f"{path}.pt")[1], settings_of(target, aux, args))
-                print(f"{target}-{aux}  skipped: {path}.pt is finished{' with ' * bool(changed)}{changed} "
-                      "(--force trains it again)", flush=True)
-            except ValueError as error:
-                print(f"error: {target}-{aux}: {error}", file=sys.stderr, flush=True)
-                failed.append(f"{target}-{aux}")
-        missing = [name for name in CLASSIFIERS if any(name in pair for pair in todo) and not find_classifier(name)]
-    if world > 1:
-        random.Random(0).shuffle(todo)  # or one rank would have all the pairs of the costliest auxiliary model
-        work = [todo, missing]
-        dist.broadcast_object_list(work)
-        todo, missing = work
-    if rank > 0:
-        data = load_cifar10(args.data, args.device)
+    barrier = dist.barrier if world > 1 else lambda: None
+    if args.force and rank == 0:  # all now: after an interruption the command without --force does the rest
+        remove(*(f"{args.out}/generator-{pair}.{ending}" for pair in args.pairs
+                 for ending in ("pt", "jsonl", "png", "checkpoint")))
+    data = load_cifar10(args.data, args.device)
+    needed = [args.start, *(name for pair in args.pairs for name in pair.split("-"))]
+    missing = [name for name in ("encoder", *CLASSIFIERS) if name in needed and not find_classifier(name)]
     for name in missing[rank::world]:
-        print(f"{name} is neither in runs/ nor in weights/ and is trained first; how long it takes follows within a "
-              "minute", flush=True)
-        try:
-            train_classifier(name, data, args.device, seed=args.seed, precision=args.precision)
-        except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:  # what needs it fails below
-            print(f"error: {name}: {first_line(error)}", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
-            sys.exit(f"\nstopped in {name}: the same command goes on after its last finished epoch")
-    if world > 1:
-        dist.barrier()
-
-    for target, aux in todo[rank::world]:
-        path = f"{args.out}/generator-{target}-{aux}"
-        try:
-            train_generator(target, aux, data, path, settings_of(target, aux, args), args.device)
-        except (FloatingPointError, ValueError, FileNotFoundError, torch.OutOfMemoryError) as error:  # others go on
-            remedy = ": try a lower --lr or --precision fp32, with --force" * isinstance(error, FloatingPointError)
-            print(f"error: {target}-{aux}: {first_line(error)}{remedy}", file=sys.stderr, flush=True)
-            failed.append(f"{target}-{aux}")
-        except KeyboardInterrupt:
-            best = f"{path}.pt holds the best epoch so far; " if os.path.exists(f"{path}.pt") else ""
-            sys.exit(f"\nstopped in {target}-{aux}: {best}the same command, without --force, goes on "
-                     "after the last finished epoch")
-    if world > 1:
-        dist.barrier()  # torchrun ends all ranks when one fails
-        dist.destroy_process_group()
-    if failed:
-        sys.exit(f"error: not trained: {', '.join(failed)}")
+        print(f"{name} is neither in runs/ nor in weights/ and is trained first")
+    barrier()  # all have looked
+    with contextlib.suppress(UserError):  # said already; what needs it fails below
+        each(missing[rank::world], lambda name: train_classifier(name, data, args.device, seed=args.seed))
+    barrier()
+    random.Random(0).shuffle(args.pairs)  # or one rank would have all the pairs of the costliest auxiliary model
+    try:
+        each(args.pairs[rank::world], lambda pair: train_pair(pair, args, data))
+    finally:
+        barrier()  # torchrun ends all ranks when one fails
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with command():
         main()

@@ -6,10 +6,6 @@ One forward pass of a fully convolutional network: the cost does not depend on t
 7,766,051 weights protect a picture of any size from 16 x 16 up (Section 4.3.1).
 """
 
-import contextlib
-import io
-import os
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,29 +22,42 @@ def double_conv(c_in: int, c_out: int) -> nn.Sequential:
         nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True))
 
 
-class UNet(nn.Module):
-    """U(.) of Figure 3: normalised image (N, 3, H, W), H and W multiples of 16, to delta of the same shape.
+class Encoder(nn.Module):
+    """The contracting path, which understands the picture: normalised image (N, 3, H, W) to five feature maps.
 
-    Delta is unbounded and in the units of the normalised image. Other sizes fail: Generator takes those. Source:
-    Ronneberger et al. 2015, the paper's [39].
+    The maps go from (N, 32, H, W) down to (N, 512, H / 16, W / 16), the bottleneck; H and W are multiples of 16.
     """
 
     def __init__(self):
         super().__init__()
-        w = WIDTHS
-        self.enter = double_conv(3, w[0])
-        self.down = nn.ModuleList(double_conv(w[i], w[i + 1]) for i in range(4))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(w[i + 1], w[i], 2, stride=2) for i in reversed(range(4)))
-        self.merge = nn.ModuleList(double_conv(2 * w[i], w[i]) for i in reversed(range(4)))
-        self.exit = nn.Conv2d(w[0], 3, 1)
+        self.levels = nn.ModuleList(double_conv(c_in, c_out) for c_in, c_out in zip((3, *WIDTHS), WIDTHS))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = [self.levels[0](x)]
+        for level in self.levels[1:]:
+            maps.append(level(F.max_pool2d(maps[-1], 2)))
+        return maps
+
+
+class UNet(nn.Module):
+    """U(.) of Figure 3: normalised image (N, 3, H, W), H and W multiples of 16, to delta of the same shape.
+
+    Delta is unbounded and in the units of the normalised image. Source: Ronneberger et al. 2015, the paper's [39].
+    """
+
+    def __init__(self):
+        super().__init__()
+        upwards = [(WIDTHS[i + 1], WIDTHS[i]) for i in reversed(range(4))]  # 512 to 256 channels, ..., 64 to 32
+        self.encoder = Encoder()
+        self.up = nn.ModuleList(nn.ConvTranspose2d(c_in, c_out, 2, stride=2) for c_in, c_out in upwards)
+        self.merge = nn.ModuleList(double_conv(c_in, c_out) for c_in, c_out in upwards)
+        self.exit = nn.Conv2d(WIDTHS[0], 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, skips = self.enter(x), []
-        for down in self.down:
-            skips.append(x)
-            x = down(F.max_pool2d(x, 2))
+        maps = self.encoder(x)
+        x = maps.pop()
         for up, merge in zip(self.up, self.merge):
-            x = merge(torch.cat([skips.pop(), up(x)], 1))
+            x = merge(torch.cat([maps.pop(), up(x)], 1))  # the skip connection beside what comes from below
         return self.exit(x)
 
 
@@ -75,39 +84,3 @@ class Generator(nn.Module):
             z = F.pad(z, [0, -w % 16, 0, -h % 16], mode="reflect")
         delta = self.std * self.unet(z)[:, :, :h, :w].float()  # float32 again if the U-Net ran under autocast
         return (x + delta).clamp(0.0, 1.0)
-
-
-def save_generator(path: str, generator: nn.Module, meta: dict) -> None:
-    """Write a generator's weights and `meta` (plain numbers, strings, lists, dicts), so that `path` is whole or absent.
-
-    Convolution kernels are stored in 16 bits (15 MB instead of 31), everything else in 32. Raises OSError if it cannot.
-    """
-    state = {key: value.half() if value.dim() == 4 else value for key, value in generator.state_dict().items()}
-    buffer = io.BytesIO()
-    torch.save({"generator": state, "meta": meta}, buffer)
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")
-        raise OSError(f"cannot write {path}: is the folder there, and the disk not full?") from error
-
-
-def load_generator(path: str) -> tuple[Generator, dict]:
-    """Read what save_generator wrote: (generator in eval mode on the CPU, meta).
-
-    Raises FileNotFoundError where there is no such file, ValueError where it is damaged or is something else.
-    """
-    try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
-        generator = Generator()
-        generator.load_state_dict(file["generator"])
-        return generator.eval(), file["meta"]
-    except OSError:
-        raise
-    except Exception as error:  # torch.load meets foreign bytes with nearly every kind
-        raise ValueError(f"{path} is damaged or not a generator of this project: delete or replace it") from error
