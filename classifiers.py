@@ -367,7 +367,7 @@ def load(path: str, model: nn.Module | None = None, key: str = "") -> dict:
 def check_settings(path: str, found: dict, asked: dict) -> None:
     """Raise UserError, with the differences, where `path` was not trained with the settings asked for."""
     if changed := [f"{key} {found.get(key)} (now {value})" for key, value in asked.items() if found.get(key) != value]:
-        raise UserError(f"{path} was trained with {', '.join(changed)}: take those settings, or --force to start over")
+        raise UserError(f"{path} was trained with {', '.join(changed)}: take those settings, or --force where made")
 
 
 def resumable(path: str, parts: dict, settings: dict, log: list):
@@ -426,8 +426,8 @@ def number(kind: type, low: float, high: float = math.inf):
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     mine = int(os.environ.get("LOCAL_RANK") or 0) % max(1, len(gpus))  # under torchrun each process takes its own
-    devices = [*gpus[mine:mine + 1], *gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    parser.add_argument("--device", type=lambda text: devices[0] if text == "cuda" else text, choices=devices,
+    devices = [*gpus[mine:], *gpus[:mine], *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    parser.add_argument("--device", type=lambda text: devices[0] if gpus and text == "cuda" else text, choices=devices,
                         default=devices[0], help="(default here: %(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="(default: %(default)s)")
     parser.add_argument("--data", default="data", metavar="FOLDER", help="CIFAR-10's (default: %(default)s)")
@@ -456,7 +456,8 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="train again what is finished, start over what is not")
     add_common_arguments(parser)
     args, (rank, world) = parser.parse_args(), ranks()
-    names = (list(CLASSIFIERS) if "all" in args.arch else args.arch)[rank::world]
+    names = [name for name in CLASSIFIERS if {name, "all"} & {*args.arch}] + ["encoder"] * ("encoder" in args.arch)
+    names = names[rank::world]
     data = load_cifar10(args.data, args.device)
     if args.force:  # all of them now: after an interruption the command without --force then does the rest
         remove(*(f"runs/{name}.{ending}" for name in names for ending in ("pt", "checkpoint")))

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C is one line, also while torch is still bein
 
 import argparse
 import glob
+import hashlib
 import io
 import json
 import statistics
@@ -151,6 +152,7 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
     attacker = nn.Sequential(UNet(), nn.Sigmoid()).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(attacker.parameters(), fused=True)
     settings = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "images": len(train),
+                "sent_sha256": hashlib.sha256(sent.cpu().contiguous().numpy()).hexdigest()[:12],
                 "precision": choose_precision(device, "bf16")}
     log, steps = results["log"], len(train) // batch_size
     for epoch in resumable(path, {"attacker": attacker, "optimizer": optimizer}, settings, log):
@@ -332,7 +334,7 @@ def rows_of(batches: dict[str, Tensor], labels: Tensor, judges: dict[str, nn.Mod
 def milliseconds(network: nn.Module, batch: int, device: str) -> float:
     """ms an image: the median of at least 3 runs and a second of them, after warming up."""
     x = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None  # a GPU works on after the call
+    wait = (lambda: torch.cuda.synchronize(device)) if device.startswith("cuda") else lambda: None  # a GPU works on
     times, warm_up = [], 2 if device == "cpu" else 20
     while len(times) < warm_up + 3 or sum(times[warm_up:]) < 1:
         wait()
@@ -500,7 +502,7 @@ def main() -> None:
     try:
         each(paths, lambda path: evaluate_file(path, args, data, classifiers, results))
     finally:
-        if results["generators"] or args.timing:
+        if (results["generators"] or args.timing) and os.path.isdir(args.out):
             print(f"\n{tables(results)}\n-> {args.out}/: {', '.join(sorted(os.listdir(args.out)))}")
 
 

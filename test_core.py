@@ -497,7 +497,8 @@ def test_score_is_the_slow_computation(workplace, data, generator):
     result = score(images, protect(generator, images), target, aux, labels)
     assert result == pytest.approx({
         "target_accuracy": target_accuracy, "aux_accuracy": aux_accuracy, "ssim": each.mean(),
-        "ssim_largest": each.max(), "ssim_over_0.1": 100 * (each > 0.1).mean(), "loss": target_loss - aux_loss + 0.5 * similarity}, abs=1e-3)
+        "ssim_largest": each.max(), "ssim_over_0.1": 100 * (each > 0.1).mean(),
+        "loss": target_loss - aux_loss + 0.5 * similarity}, abs=1e-3)
     alone = score(images, protect(generator, images), target, None, labels)
     assert alone["aux_accuracy"] is None and alone["loss"] == pytest.approx(target_loss + 0.5 * similarity, abs=1e-3)
 
@@ -596,7 +597,8 @@ def test_interrupt_is_one_line(workplace, moment):
         load_generator(f"runs/{NAME}.pt")
 
 
-def test_settings_are_those_of_section_4_1_3(monkeypatch):
+def test_settings_are_those_of_section_4_1_3(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(sys, "argv", ["train.py", "--target", "all", "--aux", "all", "none"])
@@ -795,8 +797,9 @@ def entry(target, aux, accuracy, clean, ssim):
     pair = aux != "none"
     return {"target": target, "aux": aux, "target_accuracy": accuracy, "clean_target_accuracy": clean, "ssim": ssim,
             "drop": clean - accuracy, "aux_accuracy": 5.0 if pair else None,
-            "clean_aux_accuracy": 90.0 if pair else None, **dict.fromkeys(("psnr", "ssim_largest", "ssim_over_0.1", "own", "another", "own_from_afar",
-                             "another_from_afar"), 0.125), "unseen": {"densenet121": 11.0},
+            "clean_aux_accuracy": 90.0 if pair else None, **dict.fromkeys((
+                "psnr", "ssim_largest", "ssim_over_0.1", "own", "another", "own_from_afar", "another_from_afar"), 0.125),
+            "unseen": {"densenet121": 11.0},
             "wire": dict.fromkeys(evaluate.WIRES, 50.0), "settings": {"epochs": 7}, "finished": True}
 
 

@@ -71,10 +71,13 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
 
     Raises FloatingPointError where that is not a number, which 8 bits would hide.
     """
-    outputs = [255 * generator(to_float(batch)) for batch in images.split(500)]
-    if any(output.isnan().any() for output in outputs):
-        raise FloatingPointError("the output of the U-Net is not finite")
-    return torch.cat([output.round().to(torch.uint8) for output in outputs])
+    protected = []
+    for batch in images.split(500):
+        output = 255 * generator(to_float(batch))
+        if output.isnan().any():
+            raise FloatingPointError("the output of the U-Net is not finite")
+        protected.append(output.round().to(torch.uint8))
+    return torch.cat(protected)
 
 
 @torch.no_grad()
@@ -115,6 +118,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     """
     on = "cuda" if device.startswith("cuda") else "cpu"
     settings = SETTINGS | DEFAULTS[on] | {"precision": choose_precision(device, "fp16")} | (settings or {})
+    settings["start"] = "encoder" if encoder else "random"
     name, epochs, precision = os.path.basename(path), settings["epochs"], settings["precision"]
     weights = [settings[key] for key in ("w_target", "w_aux", "w_ssim")]
     (images, labels), (validation, validation_labels), log = data["train"], data["validation"], []
@@ -200,10 +204,10 @@ def arguments() -> argparse.Namespace:
     option("--aux", nargs="+", required=True, choices=[*CLASSIFIERS, "none", "all"], metavar="NAME",
            help="the auxiliary model: the same names, none, or all (without none)")
     add_common_arguments(parser)
-    option("--start", choices=("encoder", "random"), default=default["start"], help="frozen, from an encoder that "
-           "recognises; or from nothing, as in the paper (default here: %(default)s)")
-    option("--epochs", type=number(int, 1), default=default["epochs"], help="(default here: %(default)s)")
-    option("--batch-size", type=number(int, 2), default=default["batch_size"], help="(default here: %(default)s)")
+    option("--start", choices=("encoder", "random"), help="frozen, from an encoder that recognises; or from "
+           f"nothing, as in the paper (default here: {default['start']})")
+    option("--epochs", type=number(int, 1), help=f"(default here: {default['epochs']})")
+    option("--batch-size", type=number(int, 2), help=f"(default here: {default['batch_size']})")
     option("--precision", choices=("fp16", "bf16", "fp32"), help="(default: fp16 on a GPU; bf16 on a CPU that has the "
                                                                  "instructions, else fp32)")
     option("--lr", type=number(float, 1e-9), help="the highest (default: 0.005, and 0.001 for target googlenet with "
@@ -215,6 +219,8 @@ def arguments() -> argparse.Namespace:
     option("--out", default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
     option("--force", action="store_true", help="train again what is finished, start over what is not")
     args = parser.parse_args()
+    for key, value in DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"].items():
+        setattr(args, key, getattr(args, key) or value)
     targets = [name for name in CLASSIFIERS if {name, "all"} & {*args.target}]
     auxes = [name for name in CLASSIFIERS if {name, "all"} & {*args.aux}] + ["none"] * ("none" in args.aux)
     args.pairs = [f"{target}-{aux}" for target in targets for aux in auxes if target != aux]
@@ -250,10 +256,10 @@ def main() -> None:
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
     barrier = dist.barrier if world > 1 else lambda: None
+    data = load_cifar10(args.data, args.device)
     if args.force and rank == 0:  # all now: after an interruption the command without --force does the rest
         remove(*(f"{args.out}/generator-{pair}.{ending}" for pair in args.pairs
                  for ending in ("pt", "jsonl", "png", "checkpoint")))
-    data = load_cifar10(args.data, args.device)
     needed = [args.start, *(name for pair in args.pairs for name in pair.split("-"))]
     missing = [name for name in ("encoder", *CLASSIFIERS) if name in needed and not find_classifier(name)]
     for name in missing[rank::world]:

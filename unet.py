@@ -3,7 +3,7 @@
     protected = clamp(x + delta),  delta = U(x)
 
 One forward pass of a fully convolutional network: the cost does not depend on the target classifier, and the same
-7,766,051 weights protect a picture of any size from 16 x 16 up (Section 4.3.1).
+7,766,051 weights take a picture of any size from 16 x 16 up (Section 4.3.1), but hide at the size trained for.
 """
 
 import torch
