@@ -151,7 +151,7 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
     torch.manual_seed(seed)
     attacker = nn.Sequential(UNet(), nn.Sigmoid()).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(attacker.parameters(), fused=True)
-    settings = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "images": len(train),
+    settings = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "training_images": len(train),
                 "sent_sha256": hashlib.sha256(sent.cpu().contiguous().numpy()).hexdigest()[:12],
                 "precision": choose_precision(device, "bf16")}
     log, steps = results["log"], len(train) // batch_size

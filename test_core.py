@@ -842,6 +842,7 @@ def test_timing_names_every_network_and_its_precision(workplace, main, monkeypat
 
 def test_attack_undoes_a_negative_and_leaves_its_file(data, tmp_path, monkeypatch):
     few, path = {key: (x[:128], y[:128]) for key, (x, y) in data.items()}, str(tmp_path / "attack")
+    few["test"] = tuple(part[:100] for part in data["test"])
     monkeypatch.setattr(evaluate.attack, "__defaults__", (16, 0.002))
     target = build_classifier("mobilenet_v2").eval()
     results, recovered = evaluate.attack(lambda x: 1 - x, target, few, path, 5, "cpu", 0)
@@ -852,7 +853,8 @@ def test_attack_undoes_a_negative_and_leaves_its_file(data, tmp_path, monkeypatc
     means = torch.stack([x[y == i].double().mean(0).round() for i in range(10)])[labels] / 255
     slow = (10 * torch.log10(1 / ((means - test / 255.0) ** 2).mean((1, 2, 3)))).mean()
     assert results["floor"]["psnr"] == pytest.approx(slow.item(), rel=1e-4)
-    assert json.loads(Path(f"{path}.json").read_text())["log"] == results["log"]
+    written = json.loads(Path(f"{path}.json").read_text())
+    assert written["log"] == results["log"] and written["images"] == 100 and written["training_images"] == 128
 
 
 def test_the_whole_command_with_an_attack(data, toy, main):
