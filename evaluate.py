@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments, autocast, build_classifier,
-                         choose_precision, command, each, find_classifier, hardware, learning_rate, load_cifar10,
-                         load_classifier, number, remove, report, resumable, save, shuffled_batches, to_float)
+                         choose_precision, command, each, find_classifier, hardware, load_cifar10, load_classifier,
+                         number, remove, report, save, to_float, training)
 from ssim import ssim
 from train import fingerprint, load_generator, protect, score
 from unet import Generator, UNet
@@ -51,7 +51,6 @@ TABLE_3 = {"vgg13_bn": ("1.116", "0.012"), "vgg16_bn": ("1.262", "0.012"), "resn
 
 
 # --- How hidden, and what the wire does -------------------------------------------------------------------------------
-
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image pair, (N, 3, H, W) in [0, 1] to (N,); infinite for equal ones."""
     return -10 * torch.log10(((x - y) ** 2).mean(dim=(1, 2, 3)))
@@ -60,8 +59,8 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def likeness(images: Tensor, protected: Tensor) -> dict:
     """Does a protected picture look more like its own original than like another's? uint8 (N, 3, H, W), N > 1.
 
-    The mean absolute correlation of brightness with either, and the same after averaging over 4 x 4 blocks, which is
-    what is seen from afar. SSIM can be fooled (Section 7.3); a generator that hides has both nearly equal.
+    The mean absolute correlation of brightness with either, and the same for 4 x 4 averages, what is seen from afar.
+    SSIM can be fooled (Section 7.3); a generator that hides has both nearly equal.
     """
     result = {}
     for name, size in ("", 1), ("_from_afar", 4):
@@ -106,8 +105,7 @@ def evaluate_generator(generator: nn.Module, target: str, aux: str, classifiers:
                        labels: Tensor) -> tuple[dict, Tensor]:
     """All scores of one generator on uint8 images (N, 3, H, W), and the protected images, uint8 alike.
 
-    classifiers and clean hold the trained networks and their accuracy on the original images, by name. Raises
-    FloatingPointError where protect() does.
+    classifiers and clean hold the trained networks and their accuracy on the original images, by name.
     """
     protected = protect(generator, images)
     result = score(images, protected, classifiers[target], classifiers.get(aux), labels) | likeness(images, protected)
@@ -120,7 +118,6 @@ def evaluate_generator(generator: nn.Module, target: str, aux: str, classifiers:
 
 
 # --- The attack: train a U-Net to undo the generator ------------------------------------------------------------------
-
 def found(pictures: Tensor, candidates: Tensor) -> float:
     """Percent of uint8 pictures (N, 3, H, W) whose nearest candidate, by squared distance, is that of their place."""
     nearest = torch.cdist(to_float(pictures).flatten(1), to_float(candidates).flatten(1)).argmin(1)
@@ -134,7 +131,7 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
     It gets the protected training images, flipped too, in 8 bits, and learns to return the originals (squared error and
     1 - SSIM, AdamW, one cycle). Writes path.json after every epoch, with the scores of what it recovers from the first
     1,000 test images and, beside them, the floor: the mean training picture of the right class. Returns that and the
-    recovered pictures. Raises FloatingPointError on a loss that is not finite.
+    recovered pictures.
     """
     (train, train_labels), (test, labels) = data["train"], (part[:1000] for part in data["test"])
 
@@ -154,13 +151,11 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
     settings = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "training_images": len(train),
                 "sent_sha256": hashlib.sha256(sent.cpu().contiguous().numpy()).hexdigest()[:12],
                 "precision": choose_precision(device, "bf16")}
-    log, steps = results["log"], len(train) // batch_size
-    for epoch in resumable(path, {"attacker": attacker, "optimizer": optimizer}, settings, log):
-        start, total = time.monotonic(), torch.zeros((), device=device)
+    log, parts = results["log"], {"attacker": attacker, "optimizer": optimizer}
+    for epoch, batches in training(path, parts, settings, log, len(train), device):
+        start, losses = time.monotonic(), []
         attacker.train()
-        batches = shuffled_batches(len(train), batch_size, device, path, epoch, epochs)
-        for step, batch in enumerate(batches, (epoch - 1) * steps):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps, lr)
+        for batch in batches:
             batch = batch + len(train) * torch.randint(0, 2, batch.shape, device=device)  # flipped or not
             original = to_float(pictures[batch])
             with autocast(device, settings["precision"]):
@@ -169,11 +164,11 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            total += loss.detach()
-        if not total.isfinite():
+            losses.append(loss.detach())
+        if not torch.stack(losses).isfinite().all():
             raise FloatingPointError(f"the loss is not finite in epoch {epoch} of the attack")
         recovered = protect(attacker.eval(), sent)
-        log.append(scores(recovered) | {"loss": total.item() / steps, "seconds": time.monotonic() - start})
+        log.append(scores(recovered) | {"seconds": time.monotonic() - start})
         save(f"{path}.json", json.dumps(results | settings, indent=1).encode())
         print(f"{path}  epoch {epoch}/{epochs}  recovered: SSIM {log[-1]['ssim']:.3f}, PSNR {log[-1]['psnr']:.1f} dB, "
               f"found {log[-1]['found']:.1f}%")
@@ -182,7 +177,6 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
 
 
 # --- The paper's tables -----------------------------------------------------------------------------------------------
-
 def summarise(entries: list[dict]) -> dict:
     """What Table 2, Figures 10 and 11 and Section 4.2.2 say about several generators: a dict of plain numbers.
 
@@ -193,9 +187,9 @@ def summarise(entries: list[dict]) -> dict:
         values = [entry["target_accuracy"] for entry in pairs if entry["target"] == target]
         none = [entry["target_accuracy"] for entry in entries if (entry["target"], entry["aux"]) == (target, "none")]
         if values or none:
-            low_median_high = (min(values), statistics.median(values), max(values)) if values else (None,) * 3
-            table_2[target] = dict(zip(("min", "median", "max"), low_median_high),
-                                   none=none[-1] if none else None, auxiliaries=len(values))
+            median, alone = statistics.median(values) if values else None, none[-1] if none else None
+            table_2[target] = {"min": min(values, default=None), "median": median, "max": max(values, default=None),
+                               "none": alone, "auxiliaries": len(values)}
     for aux in CLASSIFIERS:
         if chosen := [entry for entry in pairs if entry["aux"] == aux]:
             by_aux[aux] = {key: statistics.mean(entry[key] for entry in chosen) for key in ("target_accuracy", "ssim")}
@@ -257,8 +251,7 @@ def tables(results: dict) -> str:
 
 
 # --- Pictures: Figures 7, 8 and 9 -------------------------------------------------------------------------------------
-
-BLACK, GREEN, RED, WHITE = (0, 0, 0), (0, 110, 40), (190, 20, 20), (255, 255, 255)
+BLACK, WHITE, GREEN, RED = (0, 0, 0), (255, 255, 255), (0, 110, 40), (190, 20, 20)
 PALE, DARK = (226, 236, 248), (16, 60, 120)  # the ends of a heat map
 
 
@@ -271,7 +264,7 @@ def picture(image: Tensor, scale: int = 3) -> Image.Image:
 def draw_sheet(path: str, title: list[str], rows: list[tuple[str, list]]) -> None:
     """Write a PNG: lines of title above rows of (label, cells); a cell is a picture or (text, colour, background).
 
-    A row without cells is a heading. Columns are as wide as a CIFAR-10 picture enlarged three times.
+    A row without cells is a heading.
     """
     big, font, cell = ImageFont.load_default(22), ImageFont.load_default(16), 102
     left = 20 + int(max(font.getlength(label) for label, cells in rows if cells))
@@ -329,7 +322,6 @@ def rows_of(batches: dict[str, Tensor], labels: Tensor, judges: dict[str, nn.Mod
 
 
 # --- Overhead (Section 4.3, Table 3) ----------------------------------------------------------------------------------
-
 @torch.no_grad()
 def milliseconds(network: nn.Module, batch: int, device: str) -> float:
     """ms an image: the median of at least 3 runs and a second of them, after warming up."""
@@ -353,13 +345,11 @@ def time_networks(device: str) -> dict:
         network = network.eval().to(device, memory_format=torch.channels_last)
         networks[name] = {"parameters": sum(parameter.numel() for parameter in network.parameters())} | {
             f"ms_batch_{batch}": milliseconds(network, batch, device) for batch in (256, 1)}
-        print(f"timing on {device}  {name}: {networks[name]['ms_batch_256']:.3f} ms an image in batches of 256, "
-              f"{networks[name]['ms_batch_1']:.3f} alone")
+        print(f"timing on {device}  {name}: {networks[name]}")
     return {"cpu" if device == "cpu" else "gpu": {"hardware": hardware(device), "networks": networks}}
 
 
 # --- Your own pictures ------------------------------------------------------------------------------------------------
-
 def open_picture(path: str) -> Tensor:
     """Any picture that Pillow reads, upright, laid on white and shrunk to what the target takes: uint8 (1, 3, 32, 32).
 
@@ -392,11 +382,10 @@ def protect_picture(file: str, generator: nn.Module, target: nn.Module, out: str
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
-
 def find_generators() -> list[str]:
     """The generators on disk, by name; one in runs/ hides one of the same name in weights/."""
-    paths = {os.path.basename(path): path for folder in ("weights", "runs")
-             for path in glob.glob(f"{folder}/generator-*.pt")}
+    files = glob.glob("weights/generator-*.pt") + glob.glob("runs/generator-*.pt")
+    paths = {os.path.basename(path): path for path in files}
     return [paths[name] for name in sorted(paths)]
 
 
@@ -407,8 +396,8 @@ def open_generator(path: str) -> tuple[nn.Module, dict]:
         raise UserError(f"{path} does not say which classifiers it was trained with: train it with train.py")
     for role in ("target", "aux"):
         if find_classifier(meta[role]) and meta.get(f"{role}_sha256") not in (None, fingerprint(meta[role])):
-            print(f"warning: {path} was trained with another {meta[role]} than {find_classifier(meta[role])}: "
-                  "expect worse scores", file=sys.stderr)
+            print(f"warning: {path} was trained with another {meta[role]} than {find_classifier(meta[role])}",
+                  file=sys.stderr)
     return generator.to(memory_format=torch.channels_last), meta
 
 
@@ -422,9 +411,9 @@ def evaluate_file(path: str, args: argparse.Namespace, data: dict, classifiers: 
     print(f"{name}  protecting and scoring {len(images):,} images ...")
     result, protected = evaluate_generator(generator.to(args.device), meta["target"], meta["aux"], classifiers,
                                            results["clean"], images, labels)
-    results["generators"][name] = result = {
-        "file": path, "target": meta["target"], "aux": meta["aux"], **result, "settings": meta,
-        "finished": not os.path.exists(f"{path.removesuffix('.pt')}.checkpoint")}
+    result |= {"file": path, "target": meta["target"], "aux": meta["aux"], "settings": meta,
+               "finished": not os.path.exists(f"{path.removesuffix('.pt')}.checkpoint")}
+    results["generators"][name] = result
     results["summary"] = summarise(list(results["generators"].values()))
     write_results(args.out, results)
     title = [f"Target {meta['target']}, auxiliary {meta['aux']}: |SSIM| {result['ssim']:.3f} on average, "
@@ -459,19 +448,15 @@ def write_results(out: str, results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score generators on the 5,000 test images: the paper's tables and "
-                                                 "figures, and what the paper leaves out.")
-    parser.add_argument("--generator", nargs="+", metavar="FILE",
-                        help="which to evaluate (default: all generator-*.pt in runs/ and weights/)")
+    parser = argparse.ArgumentParser(description="Score generators: the paper's tables and figures, and some more.")
+    parser.add_argument("--generator", nargs="+", metavar="FILE", help="(default: all in runs/ and weights/)")
     parser.add_argument("--out", default="runs/evaluation", metavar="FOLDER",
                         help="where results.json, tables.md and the pictures go (default: %(default)s)")
-    parser.add_argument("--limit", type=number(int, 2), help="score on the first LIMIT test images only, for a quick "
-                                                             "look (default: all 5,000)")
+    parser.add_argument("--limit", type=number(int, 2), help="score on the first LIMIT test images (default: 5,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3, a few minutes (default: no)")
     parser.add_argument("--attack", nargs="?", type=number(int, 1), const=5, metavar="EPOCHS",
-                        help="also train a U-Net to undo each generator, 5 epochs or EPOCHS (default: no)")
-    parser.add_argument("--image", nargs="+", metavar="FILE",
-                        help="only protect these pictures, with the first generator (default: none)")
+                        help="also train a U-Net to undo each generator, 5 epochs or EPOCHS")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="only protect these, with the first generator")
     add_common_arguments(parser)
     args = parser.parse_args()
     if args.image and (args.timing or args.attack):

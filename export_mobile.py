@@ -1,12 +1,11 @@
 """The generator on the phone, and the recognition service that it talks to (Section 3.4, Figure 5).
 
-    python export_mobile.py                                  write runs/NAME.ptl for the phone and check it
-    python export_mobile.py --demo                           phone and service on this computer, end to end
-    python export_mobile.py --serve                          the service alone, for a phone or for --demo --connect
+    python export_mobile.py             write runs/NAME.ptl for the phone and check it
+    python export_mobile.py --demo      phone and service on this computer, end to end
+    python export_mobile.py --serve     the service alone, for a phone or for --demo --connect
 
-The phone runs the .ptl file and nothing else of this project; the service runs the target, unchanged. Between them goes
-one TCP connection a picture: 16 bytes with the length (ASCII digits, padded with spaces), that many bytes of PNG, and
-back comes the class as one ASCII digit.
+The phone runs the .ptl file, the service the target, unchanged. Between them goes one TCP connection a picture: 16
+bytes with the length (ASCII digits, padded with spaces), that many bytes of PNG, and back comes the class as a digit.
 """
 
 import os
@@ -47,7 +46,6 @@ STAGES = "protect", "encode", "round trip", "whole"  # of a picture's way in the
 
 
 # --- The file for the phone -------------------------------------------------------------------------------------------
-
 class Stored16:
     """Weights that are 16 bits wide in the file and 32 in memory: converted once, while the runtime loads them."""
 
@@ -118,7 +116,6 @@ def check(path: str, generator: Generator, target: nn.Module, images: Tensor, la
 
 
 # --- The service ------------------------------------------------------------------------------------------------------
-
 def decode(png: bytes) -> Tensor:
     """A PNG of 32 x 32 RGB or RGBA pixels to a batch of one image, (1, 3, 32, 32) in [0, 1]; ValueError on another.
 
@@ -135,10 +132,9 @@ def decode(png: bytes) -> Tensor:
 async def recognise(reader: asyncio.StreamReader, target: nn.Module) -> bytes:
     """Read one request, return the answer to it; ValueError or one of Pillow's many exceptions if it is not right."""
     header = await reader.readexactly(16)
-    length = header.strip(b" ")
-    if not (length.isdigit() and 0 < int(length) <= MAX_BYTES):
+    if not (header.strip(b" ").isdigit() and 0 < int(header) <= MAX_BYTES):
         raise ValueError(f"{header!r} is no length from 1 to {MAX_BYTES}")
-    image = decode(await reader.readexactly(int(length)))
+    image = decode(await reader.readexactly(int(header)))
     with torch.inference_mode():
         return b"%d" % target(image).argmax()
 
@@ -146,8 +142,7 @@ async def recognise(reader: asyncio.StreamReader, target: nn.Module) -> bytes:
 async def serve(target: nn.Module, name: str, host: str, port: int) -> None:
     """Answer until cancelled; OSError where it cannot listen. No picture outlives its request or reaches the log.
 
-    One thread does everything, so the target runs once at a time. A connection has SECONDS in all, however busy it
-    keeps, and its buffers are a few times MAX_BYTES.
+    One thread does everything. A connection has SECONDS in all, and its buffers are a few times MAX_BYTES.
     """
     connections = 0
 
@@ -177,7 +172,6 @@ async def serve(target: nn.Module, name: str, host: str, port: int) -> None:
 
 
 # --- The phone --------------------------------------------------------------------------------------------------------
-
 def ask(png: bytes, host: str, port: int) -> int:
     """Send one PNG, return the class that the service answers; OSError if a step of that takes over SECONDS."""
     try:
@@ -198,24 +192,21 @@ def play_phone(path: str, images: Tensor, address: tuple) -> tuple[Tensor, Tenso
     """
     phone, sent, answers, times = load_phone_file(path), [], [], []
     for image in [images[0], *images]:  # the first one twice: the first call sets things up and does not count
-        start = time.perf_counter()
-        protected = (phone(to_float(image[None]))[0] * 255).round().to(torch.uint8)
-        at_protected = time.perf_counter()
-        Image.fromarray(protected.permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "PNG")
-        at_encoded = time.perf_counter()
+        moments = [time.perf_counter()]
+        sent.append((phone(to_float(image[None]))[0] * 255).round().to(torch.uint8))
+        moments.append(time.perf_counter())
+        Image.fromarray(sent[-1].permute(1, 2, 0).numpy()).save(file := io.BytesIO(), "PNG")
+        moments.append(time.perf_counter())
         answers.append(ask(file.getvalue(), *address))
-        end = time.perf_counter()
-        sent.append(protected)
-        times.append([at_protected - start, at_encoded - at_protected, end - at_encoded, end - start])
+        moments.append(time.perf_counter())
+        times.append([*np.diff(moments), moments[3] - moments[0]])
     return torch.stack(sent[1:]), torch.tensor(answers[1:]), 1000 * np.array(times[1:])
 
 
 def demo(path: str, generator: Generator, target: nn.Module, target_name: str, images: Tensor, labels: Tensor,
          address: tuple[str, int] | None) -> None:
     """Phone and service, end to end on uint8 test images: writes a report and a figure beside the file.
-
-    Without an `address` the service is started here, as a process of its own, and ended.
-    """
+    Without an `address` the service is started here, as a process of its own, and ended."""
     service = None
     if address is None:
         service = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--serve", "--port", "0", "--target",
@@ -258,20 +249,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a generator as a file for PyTorch Mobile and check it; --demo "
                                                  "and --serve play the phone and the recognition service (Figure 5).")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--serve", action="store_true", help="run the recognition service until Ctrl-C (default: export)")
-    mode.add_argument("--demo", action="store_true",
-                      help="export, then protect test images and have them recognised (default: export, then check)")
+    mode.add_argument("--serve", action="store_true", help="run the recognition service until Ctrl-C")
+    mode.add_argument("--demo", action="store_true", help="export, then protect test images and have them recognised")
     parser.add_argument("--generator", metavar="PATH", help="(default: the first by name in runs/ and weights/)")
     parser.add_argument("--out", metavar="PATH", help="the file to write (default: runs/NAME.ptl, with --half "
                                                       "runs/NAME-half.ptl); reports are written beside it")
-    parser.add_argument("--half", action="store_true",
-                        help="store the weights in 16 bits, half the size (default: in 32 bits)")
+    parser.add_argument("--half", action="store_true", help="store the weights in 16 bits, half the size")
     parser.add_argument("--target", choices=CLASSIFIERS, metavar="NAME",
                         help="the service's classifier (default: the one the generator was trained for)")
     parser.add_argument("--images", type=number(int, 1), metavar="N",
                         help="use the first N of the 5,000 test images (default: 5000, with --demo 1000)")
-    parser.add_argument("--host", default="127.0.0.1", help="address that --serve listens on (default: %(default)s, "
-                                                            "this computer only)")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address that --serve listens on (default: %(default)s, this computer only)")
     parser.add_argument("--port", type=number(int, 0, 65536), default=9000,
                         help="port that --serve listens on, 0 for any (default: %(default)s)")
     parser.add_argument("--connect", type=address_argument, metavar="HOST:PORT",
@@ -296,7 +285,6 @@ def main() -> None:
     out = args.out or f"runs/{os.path.basename(path).removesuffix('.pt')}{'-half' * args.half}.ptl"
     images, labels = (part[:args.images or (1000 if args.demo else 5000)] for part in load_cifar10(args.data)["test"])
     export(generator, out, args.half)
-    print(f"{path} -> {out}\n")
     if args.demo:
         return demo(out, generator, target, target_name, images, labels, args.connect)
     result = {"file": out, "generator": path, "target": target_name, **check(out, generator, target, images, labels)}

@@ -29,9 +29,8 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 
 from classifiers import (CLASSIFIERS, UserError, add_common_arguments, augment, autocast, check_settings,
-                         choose_precision, command, each, find_classifier, hardware, learning_rate, load, load_cifar10,
-                         load_classifier, number, ranks, remove, resumable, save, shuffled_batches, to_float,
-                         train_classifier)
+                         choose_precision, command, each, find_classifier, hardware, load, load_cifar10,
+                         load_classifier, number, remove, save, to_float, train_classifier, training)
 from ssim import ssim
 from unet import Encoder, Generator
 
@@ -64,7 +63,6 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
 
 
 # --- Scoring (Section 4.2.1): validation here, every report in evaluate.py --------------------------------------------
-
 @torch.no_grad()
 def protect(generator: nn.Module, images: Tensor) -> Tensor:
     """What leaves the phone: uint8 images (N, 3, H, W) to the generator's output for them, rounded to 8 bits.
@@ -104,7 +102,6 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
-
 def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: str, settings: dict | None = None,
                     encoder: Encoder | None = None, device: str = "cpu") -> Generator:
     """Algorithm 1, for any classifiers and images: train a generator, write it to path.pt and return it.
@@ -114,16 +111,18 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     `device`. `settings` override SETTINGS and DEFAULTS. A trained `encoder` is copied and frozen; without one all of U
     starts at random. The best epoch by validation loss is the generator; path.jsonl is the log, path.png eight
     validation pictures above their protected versions. After a stop, the same call goes on from the last finished
-    epoch. Raises FloatingPointError on a loss that is not finite.
+    epoch; after the end, it reads the file. Raises FloatingPointError on a loss that is not finite.
     """
     on = "cuda" if device.startswith("cuda") else "cpu"
-    settings = SETTINGS | DEFAULTS[on] | {"precision": choose_precision(device, "fp16")} | (settings or {})
-    settings["start"] = "encoder" if encoder else "random"
-    name, epochs, precision = os.path.basename(path), settings["epochs"], settings["precision"]
-    weights = [settings[key] for key in ("w_target", "w_aux", "w_ssim")]
+    settings = (SETTINGS | DEFAULTS[on] | {"precision": choose_precision(device, "fp16")} | (settings or {})
+                | {"start": "encoder" if encoder else "random"})
+    if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
+        generator, meta = load_generator(f"{path}.pt")
+        check_settings(f"{path}.pt", meta, settings)
+        print(f"{path}.pt is finished (--force trains it again)")
+        return generator.to(device)
+    precision, weights = settings["precision"], [settings[key] for key in ("w_target", "w_aux", "w_ssim")]
     (images, labels), (validation, validation_labels), log = data["train"], data["validation"], []
-    batch_size = min(settings["batch_size"], len(images))
-    steps = len(images) // batch_size
     for classifier in filter(None, (target, aux)):  # gradients pass through them, nothing in them changes
         classifier.eval().requires_grad_(False)
     torch.manual_seed(settings["seed"])
@@ -134,14 +133,13 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     optimizer = torch.optim.AdamW([p for p in generator.parameters() if p.requires_grad],
                                   weight_decay=settings["weight_decay"], fused=True)
     scaler = torch.amp.GradScaler(on, enabled=precision == "fp16")
-    print(f"{name}  {epochs} epochs; {path}.png shows what it makes of eight validation pictures")
-    for epoch in resumable(path, {"generator": generator, "optimizer": optimizer, "scaler": scaler}, settings, log):
-        start, sums = time.monotonic(), torch.zeros(4, device=device)
+    print(f"{path}.png shows, after each epoch, what becomes of eight validation pictures")
+    parts = {"generator": generator, "optimizer": optimizer, "scaler": scaler}
+    for epoch, batches in training(path, parts, settings, log, len(images), device):
+        start, terms = time.monotonic(), []
         generator.train()
         generator.unet.encoder.train(not encoder)  # frozen: its batch norm statistics too
-        batches = shuffled_batches(len(images), batch_size, device, name, epoch, epochs)
-        for step, batch in enumerate(batches, (epoch - 1) * steps):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, epochs * steps, settings["lr"])
+        for batch in batches:
             x, y = to_float(augment(images[batch])), labels[batch]
             with autocast(device, precision):
                 protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
@@ -152,8 +150,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
             scaler.step(optimizer)  # "Update U to minimize Loss"
             scaler.update()
             optimizer.zero_grad()
-            sums += torch.stack(loss).detach()  # stays on the device: nothing waits for a GPU inside an epoch
-        seconds, means = time.monotonic() - start, dict(zip(Loss._fields, (sums / steps).tolist()))
+            terms.append(torch.stack(loss).detach())  # stays on the device: nothing waits for a GPU inside an epoch
+        seconds, means = time.monotonic() - start, dict(zip(Loss._fields, torch.stack(terms).mean(0).tolist()))
         with autocast(device, precision):  # quicker; evaluate.py reports in float32
             protected = protect(generator.eval(), validation)
             result = score(validation, protected, target, aux, validation_labels, weights)
@@ -168,7 +166,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         save(f"{path}.png", picture.getvalue())
         save(f"{path}.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
         aux_words = f"auxiliary {result['aux_accuracy']:.2f}%, " if aux else ""
-        print(f"{name}  epoch {epoch}/{epochs}  loss {means['total']:.3f}, validation {result['loss']:.3f}"
+        print(f"{path}  epoch {epoch}/{settings['epochs']}  loss {means['total']:.3f}, validation {result['loss']:.3f}"
               f"{' (best)' * best}: target {result['target_accuracy']:.2f}%, {aux_words}|SSIM| {result['ssim']:.4f}")
     remove(f"{path}.checkpoint")
     return load_generator(f"{path}.pt")[0].to(device)
@@ -187,7 +185,6 @@ def load_generator(path: str) -> tuple[Generator, dict]:
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
-
 def fingerprint(name: str) -> str | None:
     """The start of the SHA-256 of a classifier's file: by it a generator knows what it was trained with."""
     path = find_classifier(name)
@@ -195,23 +192,22 @@ def fingerprint(name: str) -> str | None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, understood; `pairs` is what it asks for."""
+    """The command line, understood; `pairs` is what it asks for, "TARGET-AUX" each."""
     parser = argparse.ArgumentParser(description="Train protective perturbation generators (Algorithm 1): one for each "
                                                  "combination of --target and --aux, finished ones skipped.")
-    option, default = parser.add_argument, DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"]
+    option, here = parser.add_argument, DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"]
     option("--target", nargs="+", required=True, choices=[*CLASSIFIERS, "all"], metavar="NAME",
            help=f"the recognition service: {', '.join(CLASSIFIERS)}, or all")
     option("--aux", nargs="+", required=True, choices=[*CLASSIFIERS, "none", "all"], metavar="NAME",
            help="the auxiliary model: the same names, none, or all (without none)")
     add_common_arguments(parser)
-    option("--start", choices=("encoder", "random"), help="frozen, from an encoder that recognises; or from "
-           f"nothing, as in the paper (default here: {default['start']})")
-    option("--epochs", type=number(int, 1), help=f"(default here: {default['epochs']})")
-    option("--batch-size", type=number(int, 2), help=f"(default here: {default['batch_size']})")
-    option("--precision", choices=("fp16", "bf16", "fp32"), help="(default: fp16 on a GPU; bf16 on a CPU that has the "
-                                                                 "instructions, else fp32)")
-    option("--lr", type=number(float, 1e-9), help="the highest (default: 0.005, and 0.001 for target googlenet with "
-                                                  "auxiliary vgg13_bn, as in the paper)")
+    option("--start", choices=("encoder", "random"), help="frozen, from an encoder that recognises; or from nothing, "
+                                                          f"as in the paper (default here: {here['start']})")
+    option("--epochs", type=number(int, 1), help=f"(default here: {here['epochs']})")
+    option("--batch-size", type=number(int, 2), help=f"(default here: {here['batch_size']})")
+    option("--precision", choices=("fp16", "bf16", "fp32"), help="(default: 16 bits where they are fast)")
+    option("--lr", type=number(float, 1e-9), help="the highest (default: the paper's, 0.005; for target googlenet with "
+                                                  "auxiliary vgg13_bn 0.001)")
     for term in "target", "aux", "ssim":
         option(f"--w-{term}", type=number(float, 0), default=SETTINGS[f"w_{term}"],
                help="weight of this term in Eq. (4) (default: %(default)s)")
@@ -219,58 +215,55 @@ def arguments() -> argparse.Namespace:
     option("--out", default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
     option("--force", action="store_true", help="train again what is finished, start over what is not")
     args = parser.parse_args()
-    for key, value in DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"].items():
-        setattr(args, key, getattr(args, key) or value)
-    targets = [name for name in CLASSIFIERS if {name, "all"} & {*args.target}]
-    auxes = [name for name in CLASSIFIERS if {name, "all"} & {*args.aux}] + ["none"] * ("none" in args.aux)
-    args.pairs = [f"{target}-{aux}" for target in targets for aux in auxes if target != aux]
+    args.start = args.start or DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"]["start"]
+    args.pairs = [f"{target}-{aux}" for target in CLASSIFIERS for aux in (*CLASSIFIERS, "none")
+                  if target != aux and {target, "all"} & {*args.target}
+                  and (aux in args.aux or aux != "none" and "all" in args.aux)]
     if not args.pairs:
         parser.error("a target is never its own auxiliary: name another one, or use --aux none")
     return args
 
 
 def train_pair(pair: str, args: argparse.Namespace, data: dict) -> None:
-    """Train the generator for "TARGET-AUX", unless it is finished."""
-    (target, aux), path = pair.split("-"), f"{args.out}/generator-{pair}"
-    asked = "start", "epochs", "batch_size", "w_target", "w_aux", "w_ssim", "seed", "limit"
-    settings = {"target": target, "aux": aux, **{key: getattr(args, key) for key in asked},
-                "precision": args.precision or choose_precision(args.device, "fp16"),
-                "lr": args.lr or (0.001 if pair == "googlenet-vgg13_bn" else 0.005)}  # Section 4.1.3
-    networks = {role: load_classifier(name, args.device) for role, name in (
-        ("target", target), ("aux", aux), ("encoder", args.start)) if name not in ("none", "random")}
-    settings |= {f"{role}_sha256": fingerprint(settings.get(role, role)) for role in networks}
-    if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
-        check_settings(f"{path}.pt", load_generator(f"{path}.pt")[1], settings)
-        return print(f"{path}.pt is finished (--force trains it again)")
+    """Train the generator for "TARGET-AUX" with the settings that were asked for, and else the defaults."""
+    target, aux = pair.split("-")
+    asked = "epochs", "batch_size", "precision", "lr", "w_target", "w_aux", "w_ssim", "seed"
+    settings = {"lr": 0.001} if pair == "googlenet-vgg13_bn" else {}  # Section 4.1.3
+    settings |= {key: getattr(args, key) for key in asked if getattr(args, key) is not None}
+    names = {"target": target, "aux": aux, "encoder": "encoder" if args.start == "encoder" else "none"}
+    networks = {role: load_classifier(name, args.device) for role, name in names.items() if name != "none"}
+    settings |= {"target": target, "aux": aux, "limit": args.limit} | {
+        f"{role}_sha256": fingerprint(names[role]) for role in networks}
     if encoder := networks.get("encoder"):
         del encoder.linear  # what it recognised with is not part of the U-Net
     few = {part: (images[:args.limit], labels[:args.limit]) for part, (images, labels) in data.items()}
     try:
-        train_generator(networks["target"], networks.get("aux"), few, path, settings, encoder, args.device)
+        train_generator(networks["target"], networks.get("aux"), few, f"{args.out}/generator-{pair}", settings, encoder,
+                        args.device)
     except FloatingPointError as error:  # names the pair, so that nobody adds --force to --target all
         raise UserError(f"{error}: try --target {target} --aux {aux} --force with a lower --lr") from error
 
 
 def main() -> None:
-    args, (rank, world) = arguments(), ranks()
-    if world > 1:
+    args = arguments()
+    if args.world > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
-    barrier = dist.barrier if world > 1 else lambda: None
+    barrier = dist.barrier if args.world > 1 else lambda: None
     data = load_cifar10(args.data, args.device)
-    if args.force and rank == 0:  # all now: after an interruption the command without --force does the rest
+    if args.force and args.rank == 0:  # all now: after an interruption the command without --force does the rest
         remove(*(f"{args.out}/generator-{pair}.{ending}" for pair in args.pairs
                  for ending in ("pt", "jsonl", "png", "checkpoint")))
-    needed = [args.start, *(name for pair in args.pairs for name in pair.split("-"))]
-    missing = [name for name in ("encoder", *CLASSIFIERS) if name in needed and not find_classifier(name)]
-    for name in missing[rank::world]:
-        print(f"{name} is neither in runs/ nor in weights/ and is trained first")
+    needed = {args.start, *(name for pair in args.pairs for name in pair.split("-"))} - {"random", "none"}
+    missing = sorted(name for name in needed if not find_classifier(name))
     barrier()  # all have looked
+    if mine := missing[args.rank::args.world]:
+        print(f"trained first, since they are neither in runs/ nor in weights/: {', '.join(mine)}")
     with contextlib.suppress(UserError):  # said already; what needs it fails below
-        each(missing[rank::world], lambda name: train_classifier(name, data, args.device, seed=args.seed))
+        each(mine, lambda name: train_classifier(name, data, args.device, seed=args.seed))
     barrier()
     random.Random(0).shuffle(args.pairs)  # or one rank would have all the pairs of the costliest auxiliary model
     try:
-        each(args.pairs[rank::world], lambda pair: train_pair(pair, args, data))
+        each(args.pairs[args.rank::args.world], lambda pair: train_pair(pair, args, data))
     finally:
         barrier()  # torchrun ends all ranks when one fails
 
