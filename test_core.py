@@ -642,7 +642,7 @@ def test_missing_networks_are_trained_first(workplace, main, monkeypatch):
 
 def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
     words = "train", "--target", "all", "--aux", "resnet18", "none", "--epochs", "1", "--batch-size", "128"
-    patch = ("classifiers.CLASSIFIERS = {'resnet18': 0, 'mobilenet_v2': 0}\n"
+    patch = ("classifiers.CLASSIFIERS = ('resnet18', 'mobilenet_v2')\n"
              "classifiers.train_classifier.__defaults__ = 'cpu', 1, 0.03, 0, 256\nscript =")
     Path("small.py").write_text(SMALL.replace("script =", patch, 1))
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--tee", "3"  # names the rank
@@ -828,7 +828,7 @@ def test_summary_tables_and_heat_maps_of_made_up_results(tmp_path):
 
 def test_timing_names_every_network_and_its_precision(workplace, main, monkeypatch):
     for module in evaluate, classifiers:
-        monkeypatch.setattr(module, "CLASSIFIERS", {"mobilenet_v2": 93.91})
+        monkeypatch.setattr(module, "CLASSIFIERS", ("mobilenet_v2",))
     monkeypatch.setattr(evaluate, "milliseconds", lambda network, batch, device: 1.5)
     code, out, err = main(evaluate, "--timing")
     assert code == 0 and "| generator | 7,766,051 | 31.1 | 1.500 | 1.500 | 1.168 to 1.392 |" in out, err
