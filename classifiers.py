@@ -311,7 +311,7 @@ def command():
     try:
         yield
     except KeyboardInterrupt:
-        print("\nstopped: the same command, without --force, goes on from what is finished", file=sys.stderr)
+        print("\nstopped: what is finished is kept", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         report(error)
@@ -357,7 +357,8 @@ def load(path: str, model: nn.Module | None = None, key: str = "") -> dict:
 def check_settings(path: str, found: dict, asked: dict) -> None:
     """Raise UserError, with the differences, where `path` was not trained with the settings asked for."""
     if changed := [f"{key} {found.get(key)} (now {value})" for key, value in asked.items() if found.get(key) != value]:
-        raise UserError(f"{path} was trained with {', '.join(changed)}: take those settings, or --force where made")
+        raise UserError(f"{path} was trained with {', '.join(changed)}: ask for the former, or use --force or "
+                        "another --out")
 
 
 def training(path: str, parts: dict, settings: dict, log: list, n: int, device: str):

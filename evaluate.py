@@ -194,7 +194,7 @@ def summarise(entries: list[dict]) -> dict:
         if chosen := [entry for entry in pairs if entry["aux"] == aux]:
             by_aux[aux] = {key: statistics.mean(entry[key] for entry in chosen) for key in ("target_accuracy", "ssim")}
             by_aux[aux]["targets"] = len(chosen)
-    return {"table_2": table_2, "by_auxiliary": by_aux, "pairs": len(pairs),
+    return {"generators": len(entries), "table_2": table_2, "by_auxiliary": by_aux, "pairs": len(pairs),
             "pairs_under_5_points": sum(entry["drop"] < 5 for entry in pairs)}
 
 
@@ -204,7 +204,7 @@ def show(value: float | None, digits: int = 2) -> str:
 
 def tables(results: dict) -> str:
     """The whole report as Markdown, from the dict that results.json holds."""
-    entries, summary, parts = list(results["generators"].values()), results["summary"], []
+    summary, parts = results["summary"], []
 
     def add(title, head, rows):
         lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows) if row]
@@ -225,7 +225,7 @@ def tables(results: dict) -> str:
                ("own", "another's", "own, from afar", "another's, from afar", "PSNR"),
                lambda e: [*(show(e[key], 3) for key in ("own", "another", "own_from_afar", "another_from_afar")),
                           show(e["psnr"])])
-    if len(entries) > 1:
+    if summary["generators"] > 1:
         add("Table 2: target accuracy (%) on protected images, ours / the paper's",
             ("target", "auxiliary models", "min", "median", "max", "no auxiliary"),
             [(target, f"{row['auxiliaries']} / 7", *(f"{show(row[key])} / {show(printed)}" for key, printed in zip(
@@ -326,7 +326,7 @@ def rows_of(batches: dict[str, Tensor], labels: Tensor, judges: dict[str, nn.Mod
 def milliseconds(network: nn.Module, batch: int, device: str) -> float:
     """ms an image: the median of at least 3 runs and a second of them, after warming up."""
     x = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    wait = (lambda: torch.cuda.synchronize(device)) if device.startswith("cuda") else lambda: None  # a GPU works on
+    wait = (lambda: torch.accelerator.synchronize(device)) if device != "cpu" else lambda: None  # a GPU works on
     times, warm_up = [], 2 if device == "cpu" else 20
     while len(times) < warm_up + 3 or sum(times[warm_up:]) < 1:
         wait()
@@ -414,11 +414,10 @@ def evaluate_file(path: str, args: argparse.Namespace, data: dict, classifiers: 
     result |= {"file": path, "target": meta["target"], "aux": meta["aux"], "settings": meta,
                "finished": not os.path.exists(f"{path.removesuffix('.pt')}.checkpoint")}
     results["generators"][name] = result
-    results["summary"] = summarise(list(results["generators"].values()))
     write_results(args.out, results)
-    title = [f"Target {meta['target']}, auxiliary {meta['aux']}: |SSIM| {result['ssim']:.3f} on average, "
-             f"{result['ssim_largest']:.3f} at most", f"Right answers: target {result['target_accuracy']:.2f}% "
-             f"(originals {result['clean_target_accuracy']:.2f}%), auxiliary {show(result['aux_accuracy'])}%"]
+    title = [f"{name}: |SSIM| {result['ssim']:.3f} on average, {result['ssim_largest']:.3f} at most",
+             f"Right answers: target {result['target_accuracy']:.2f}% (originals "
+             f"{result['clean_target_accuracy']:.2f}%), auxiliary {show(result['aux_accuracy'])}%"]
     judges = {"target": target} | ({"auxiliary": aux} if aux else {})
     similar = [ssim(to_float(x), to_float(y)).abs() for x, y in zip(images.split(500), protected.split(500))]
     sheets = {"generator": torch.stack([(labels == i).int().argmax() for i in range(10)]),  # one picture of each class
@@ -441,10 +440,12 @@ def evaluate_file(path: str, args: argparse.Namespace, data: dict, classifiers: 
 
 
 def write_results(out: str, results: dict) -> None:
+    papers = [entry for entry in results["generators"].values() if not entry["settings"].get("hardened")]
+    results["summary"] = summarise(papers)
     save(f"{out}/results.json", json.dumps(results, indent=1).encode())
     save(f"{out}/tables.md", tables(results).encode())
-    if len(results["generators"]) > 1:
-        draw_heatmaps(f"{out}/heatmaps.png", list(results["generators"].values()))
+    if len(papers) > 1:
+        draw_heatmaps(f"{out}/heatmaps.png", papers)
 
 
 def main() -> None:
@@ -470,7 +471,7 @@ def main() -> None:
         print(f"{paths[0]} (target {meta['target']}, auxiliary {meta['aux']}; --generator chooses)")
         return each(args.image, lambda file: protect_picture(file, generator.to(args.device), target, args.out))
 
-    results = {"generators": {}, "summary": None, "images": args.limit or 5000, "clean": {}, "timing": {},
+    results = {"generators": {}, "images": min(args.limit or 5000, 5000), "clean": {}, "timing": {},
                "hardware": hardware(args.device), "arguments": vars(args), "torch": str(torch.__version__)}
     if args.timing:
         results["timing"] = time_networks(args.device)

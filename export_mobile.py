@@ -73,7 +73,7 @@ def export(generator: Generator, path: str, half: bool = False) -> None:
     is built in. Scripted rather than traced, so that the file takes any H and W from 16 up, as the generator does.
     `half` stores the weights in 16 bits. Raises UserError if this PyTorch writes bytecode too new for the phone.
     """
-    phone = Generator()
+    phone = Generator(generator.hardened)
     phone.unet = fuse(generator.unet.eval())  # a copy, its batch norm folded into the convolutions
     phone = phone.requires_grad_(False).eval().to(memory_format=torch.contiguous_format)
     if half:

