@@ -14,11 +14,13 @@ if __name__ == "__main__":  # Ctrl-C is one line, also while torch is still bein
 
 import argparse
 import contextlib
+import functools
 import glob
 import hashlib
 import io
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -297,12 +299,21 @@ def each(items: list, work) -> None:
         raise UserError(f"{len(failed)} failed, see above: {', '.join(failed)}")
 
 
+def write_on(stream, write, text: str) -> None:
+    """A stream's write: when its reader has gone away (| head), the work goes on unheard."""
+    try:
+        write(text)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @contextlib.contextmanager
 def command():
     """Around a script's main: exit code 1 with report() after an error, 130 with a line after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by whoever started us
         stream.reconfigure(errors="replace", line_buffering=True)  # a console need not know UTF-8
+        stream.write = functools.partial(write_on, stream, stream.write)
     torch.backends.cudnn.benchmark = True
     if hasattr(torch.backends.cudnn, "conv"):  # float32 is never TF32; from PyTorch 2.9 on the older names warn
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -345,8 +356,15 @@ def load(path: str, model: nn.Module | None = None, key: str = "") -> dict:
     """What torch.save wrote, on the CPU; its weights, at `key` or bare, go into `model`. Raises UserError."""
     try:
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if model:
-            model.load_state_dict(content.get(key, content))
+        if model:  # other people's trainers wrap the weights and add to their names
+            weights = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value
+                       for name, value in content.get(key, content.get("state_dict", content)).items()}
+            *_, (last, bias) = model.state_dict().items()
+            if weights.get(last, bias).shape != bias.shape:
+                raise ValueError(f"it has {len(weights[last])} classes, not {len(bias)}")
+            model.load_state_dict(weights)
+            if not all(value.isfinite().all() for value in model.state_dict().values()):
+                raise ValueError("it holds numbers that are not finite")
         return content
     except Exception as error:  # torch.load meets foreign bytes with nearly every kind
         what = f"the weights of this {type(model).__name__}" if model else "a file of this project"
@@ -418,6 +436,13 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
+def folder(text: str) -> str:
+    """An argparse type: a folder, which need not exist yet."""
+    if not text or os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return text
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     world = int(os.environ.get("WORLD_SIZE") or 1)  # under torchrun each process has its rank and takes its own GPU
     parser.set_defaults(world=world, rank=int(os.environ.get("RANK") or 0) % world)
@@ -427,7 +452,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=lambda text: devices[0] if gpus and text == "cuda" else text, choices=devices,
                         default=devices[0], help="(default here: %(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="(default: %(default)s)")
-    parser.add_argument("--data", default="data", metavar="FOLDER", help="CIFAR-10's (default: %(default)s)")
+    parser.add_argument("--data", type=folder, default="data", metavar="FOLDER",
+                        help="CIFAR-10's (default: %(default)s)")
 
 
 def hardware(device: str) -> str:

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C is one line, also while torch is still bein
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nstopped\n") and 130))
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import io
@@ -23,16 +24,18 @@ import json
 import statistics
 import sys
 import time
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments, autocast, build_classifier,
-                         choose_precision, command, each, find_classifier, hardware, load_cifar10, load_classifier,
-                         number, remove, report, save, to_float, training)
+                         check_settings, choose_precision, command, each, find_classifier, folder, hardware,
+                         load_cifar10, load_classifier, number, remove, report, save, to_float, training)
 from ssim import ssim
 from train import fingerprint, load_generator, protect, score
 from unet import Generator, UNet
@@ -124,16 +127,23 @@ def found(pictures: Tensor, candidates: Tensor) -> float:
     return 100 * (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean().item()
 
 
-def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epochs: int, device: str, seed: int,
-           batch_size: int = 128, lr: float = 0.002) -> tuple[dict, Tensor]:
+def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epochs: int, device: str = "cpu",
+           seed: int = 0, batch_size: int = 128, lr: float = 0.002) -> None:
     """Train a U-Net to undo a generator, as anyone can who has it (it ships in the app) and pictures of the same kind.
 
     It gets the protected training images, flipped too, in 8 bits, and learns to return the originals (squared error and
     1 - SSIM, AdamW, one cycle). Writes path.json after every epoch, with the scores of what it recovers from the first
-    1,000 test images and, beside them, the floor: the mean training picture of the right class. Returns that and the
-    recovered pictures.
+    1,000 test images and, beside them, the floor: the mean training picture of the right class; at the end path.png.
+    A finished attack is not repeated. Raises UserError where it was made with other settings.
     """
     (train, train_labels), (test, labels) = data["train"], (part[:1000] for part in data["test"])
+    sent = protect(generator, test)
+    settings = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "training_images": len(train),
+                "sent_sha256": hashlib.sha256(sent.cpu().contiguous().numpy()).hexdigest()[:12],
+                "precision": choose_precision(device, "bf16")}
+    if os.path.exists(f"{path}.png"):
+        check_settings(f"{path}.json", json.loads(Path(f"{path}.json").read_text()), settings)
+        return print(f"{path}.json is finished")
 
     def scores(recovered):
         return {"ssim": mean_of(ssim, test, recovered), "psnr": mean_of(psnr, test, recovered),
@@ -141,16 +151,13 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
 
     print(f"{path}  protecting {2 * len(train):,} training pictures ...")
     pictures = torch.cat([train, train.flip(3)])
-    protected, sent = protect(generator, pictures), protect(generator, test)
+    protected = protect(generator, pictures)
     class_means = torch.stack([train[train_labels == i].float().mean(0) for i in range(10)]).round().to(torch.uint8)
     results = {"images": len(test), "protected": scores(sent), "floor": scores(class_means[labels]),
                "matched": found(sent, protect(generator, test)), "hardware": hardware(device), "log": []}
     torch.manual_seed(seed)
     attacker = nn.Sequential(UNet(), nn.Sigmoid()).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(attacker.parameters(), fused=True)
-    settings = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "training_images": len(train),
-                "sent_sha256": hashlib.sha256(sent.cpu().contiguous().numpy()).hexdigest()[:12],
-                "precision": choose_precision(device, "bf16")}
     log, parts = results["log"], {"attacker": attacker, "optimizer": optimizer}
     for epoch, batches in training(path, parts, settings, log, len(train), device):
         start, losses = time.monotonic(), []
@@ -172,8 +179,13 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
         save(f"{path}.json", json.dumps(results | settings, indent=1).encode())
         print(f"{path}  epoch {epoch}/{epochs}  recovered: SSIM {log[-1]['ssim']:.3f}, PSNR {log[-1]['psnr']:.1f} dB, "
               f"found {log[-1]['found']:.1f}%")
+    recovered, last, floor = protect(attacker.eval(), sent[:10]), log[-1], results["floor"]
+    draw_sheet(f"{path}.png", [
+        f"{os.path.basename(path)}: a U-Net recovers, after {epochs} epochs: SSIM {last['ssim']:.3f}, PSNR "
+        f"{last['psnr']:.1f} dB, found {last['found']:.1f}%", "(the mean picture of the right class: SSIM "
+        f"{floor['ssim']:.3f}, PSNR {floor['psnr']:.1f} dB, found {floor['found']:.1f}%)"], rows_of(
+            {"original": test[:10], "protected": sent[:10], "recovered": recovered}, labels[:10], {"target": target}))
     remove(f"{path}.checkpoint")
-    return results, protect(attacker.eval(), sent)
 
 
 # --- The paper's tables -----------------------------------------------------------------------------------------------
@@ -350,18 +362,42 @@ def time_networks(device: str) -> dict:
 
 
 # --- Your own pictures ------------------------------------------------------------------------------------------------
+PngImagePlugin.PngStream.chunk_iCCP = lambda png, at, length: png.fp.read(length)  # a fault in it does not matter
+
+
+def to_rgba(image: Image.Image) -> Image.Image:
+    """RGBA of 8 bits: 16-bit grey by its high byte, float as [0, 1]. Raises UserError where there is no clear range."""
+    values = np.asarray(image) if image.mode[0] in "IF" else None  # 16-bit grey, 32-bit, float
+    if image.mode.startswith("I;16"):
+        alpha = np.where(values == image.info.get("transparency"), 0, 255)
+        image = Image.fromarray(np.stack([values >> 8, alpha], 2).astype(np.uint8), "LA")
+    elif image.mode == "F" and 0 <= values.min() and values.max() <= 1:
+        image = Image.fromarray(np.uint8(np.rint(255 * values)))
+    elif values is not None:
+        raise UserError(f"its values go from {values.min():g} to {values.max():g}: save it with 8 bits a channel")
+    return image.convert("RGBA")
+
+
 def open_picture(path: str) -> Tensor:
     """Any picture that Pillow reads, upright, laid on white and shrunk to what the target takes: uint8 (1, 3, 32, 32).
 
-    The generator hides at the size that it was trained for, so a picture is shrunk first and protected then.
+    The generator hides at the size that it was trained for, so a picture is shrunk first and protected then. Large ones
+    are averaged strip by strip, so that nothing larger than the decoded picture is held.
     """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    image = image.convert("RGBA")
+    orientation = 1
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as file:  # large is not yet a decompression bomb
+        file.draft("RGB", (128, 128))  # a JPEG can be decoded small
+        with contextlib.suppress(Exception):  # what stands in a damaged EXIF block does not matter
+            orientation = file.getexif()[0x0112]
+        with contextlib.suppress(Exception):  # nor what follows the pixels: where they are damaged, crop() raises again
+            file.load()
+        k = max(1, min(file.size) // 128)
+        strips = [to_rgba(file.crop((0, top, file.width, min(top + 8 * k, file.height)))).reduce(k)
+                  for top in range(0, file.height, 8 * k)]
+    image = Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips])).resize((32, 32))
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)[None]
+    image.getexif()[0x0112] = orientation
+    return torch.from_numpy(np.array(ImageOps.exif_transpose(image))).permute(2, 0, 1)[None]
 
 
 def protect_picture(file: str, generator: nn.Module, target: nn.Module, out: str) -> None:
@@ -386,6 +422,8 @@ def find_generators() -> list[str]:
     """The generators on disk, by name; one in runs/ hides one of the same name in weights/."""
     files = glob.glob("weights/generator-*.pt") + glob.glob("runs/generator-*.pt")
     paths = {os.path.basename(path): path for path in files}
+    for path in set(files) - set(paths.values()):
+        print(f"{path} gives way to runs/{os.path.basename(path)}", file=sys.stderr)
     return [paths[name] for name in sorted(paths)]
 
 
@@ -403,7 +441,8 @@ def open_generator(path: str) -> tuple[nn.Module, dict]:
 
 def evaluate_file(path: str, args: argparse.Namespace, data: dict, classifiers: dict, results: dict) -> None:
     """Add the generator at `path` to results["generators"] and write everything; then attack it, if asked to."""
-    start, name = time.monotonic(), os.path.basename(path).removeprefix("generator-").removesuffix(".pt")
+    start, name = time.monotonic(), " ".join(os.fsencode(os.path.basename(path)).decode(errors="replace").split())
+    name = name.removeprefix("generator-").removesuffix(".pt")
     (images, labels), (generator, meta) = (part[:args.limit] for part in data["test"]), open_generator(path)
     for missing in {meta["target"], meta["aux"]} - {*classifiers, "none"}:
         raise UserError(f"no {missing} to judge it: run python classifiers.py --arch {missing}")
@@ -428,15 +467,7 @@ def evaluate_file(path: str, args: argparse.Namespace, data: dict, classifiers: 
     print(f"{name}  {time.monotonic() - start:.0f} s  target {result['target_accuracy']:.2f}% (lost "
           f"{result['drop']:.2f}), auxiliary {show(result['aux_accuracy'])}%, |SSIM| {result['ssim']:.4f}")
     if args.attack:
-        path = f"{args.out}/attack-{name}"
-        result, recovered = attack(generator, target, data, path, args.attack, args.device, args.seed)
-        last, floor = result["log"][-1], result["floor"]
-        draw_sheet(f"{path}.png", [
-            f"{name}: a U-Net recovers, after {args.attack} epochs: SSIM {last['ssim']:.3f}, PSNR {last['psnr']:.1f} "
-            f"dB, found {last['found']:.1f}%", f"(the mean picture of the right class: SSIM {floor['ssim']:.3f}, PSNR "
-            f"{floor['psnr']:.1f} dB, found {floor['found']:.1f}%)"], rows_of(
-                {"original": images[:10], "protected": protected[:10], "recovered": recovered[:10]}, labels[:10],
-                {"target": target}))
+        attack(generator, target, data, f"{args.out}/attack-{name}", args.attack, args.device, args.seed)
 
 
 def write_results(out: str, results: dict) -> None:
@@ -451,7 +482,7 @@ def write_results(out: str, results: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score generators: the paper's tables and figures, and some more.")
     parser.add_argument("--generator", nargs="+", metavar="FILE", help="(default: all in runs/ and weights/)")
-    parser.add_argument("--out", default="runs/evaluation", metavar="FOLDER",
+    parser.add_argument("--out", type=folder, default="runs/evaluation", metavar="FOLDER",
                         help="where results.json, tables.md and the pictures go (default: %(default)s)")
     parser.add_argument("--limit", type=number(int, 2), help="score on the first LIMIT test images (default: 5,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3, a few minutes (default: no)")

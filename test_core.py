@@ -10,13 +10,16 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -295,14 +298,22 @@ def test_damaged_and_foreign_files_are_named(toy):
         assert len(str(caught.value)) < 200
 
 
-def test_bare_state_dict_loads_and_runs_comes_before_weights(workplace):
+def test_other_peoples_files_load_and_runs_comes_before_weights(workplace):
     os.mkdir("weights")
-    for folder in "weights", "runs":
+    for folder, key, prefix in ("weights", "", ""), ("runs", "state_dict", "module."), ("runs", "", "_orig_mod.model."):
         model = build_classifier("resnet34")
-        torch.save(model.state_dict(), f"{folder}/resnet34.pt")
+        weights = {prefix + name: value for name, value in model.state_dict().items()}
+        torch.save({key: weights} if key else weights, f"{folder}/resnet34.pt")
         loaded = load_classifier("resnet34")
-        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    torch.save(torchvision.models.resnet34(num_classes=100).state_dict(), "runs/resnet34.pt")
+    with pytest.raises(UserError, match="resnet34.pt.*100 classes, not 10"):
+        load_classifier("resnet34")
+    model.fc.weight.data[0, 0] = math.nan
+    torch.save(model.state_dict(), "runs/resnet34.pt")
+    with pytest.raises(UserError, match="resnet34.pt.*not finite"):
+        load_classifier("resnet34")
 
 
 # --- classifiers.py: the data -----------------------------------------------------------------------------------------
@@ -584,7 +595,8 @@ def test_missing_networks_are_trained_first(workplace, main, monkeypatch):
 def test_all_means_the_64_generators_of_table_2(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--target", "all", "--aux", "all", "none"])
     pairs = train.arguments().pairs
-    assert len(pairs) == len(set(pairs)) == 8 * 7 + 8 and {f"{name}-none" for name in TABLE_1} < set(pairs)
+    assert len(pairs) == len(set(pairs.values())) == 8 * 7 + 8
+    assert all(path == f"runs/generator-{target}-{aux}" and target != aux for path, (target, aux) in pairs.items())
 
 
 def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
@@ -613,6 +625,7 @@ def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
     ([*PAIR[1:], "--epochs", "0"], 2, ["--epochs"]), ([*PAIR[1:], "--seed", "-1"], 2, ["--seed"]),
     ([*PAIR[1:], "--lr", "nan"], 2, ["--lr"]), ([*PAIR[1:], "--device", "cuda:77"], 2, ["cuda:77"]),
     ([*PAIR[1:], "--hardened", "--start", "random"], 2, ["--start encoder"]),
+    ([*PAIR[1:], "--out", ""], 2, ["no folder"]), ([*PAIR[1:], "--out", "runs/encoder.pt"], 2, ["no folder"]),
     ([*PAIR[1:], "--start", "random", "--epochs", "2", "--lr", "1e30"], 1,
      ["not finite", "--target resnet18 --aux mobilenet_v2 --force", "--lr"])])
 def test_wrong_arguments_end_in_one_line(workplace, main, words, code, said):
@@ -649,13 +662,15 @@ def test_an_edited_network_shows_the_line_that_broke(workplace):
 
 
 def test_output_that_nobody_can_read_stops_nothing(workplace):
-    """A closed standard output, a console that knows ASCII only."""
-    words = " ".join(map(str, [sys.executable, ROOT / "evaluate.py", "--limit", 10, "--generator"]))
-    write_generator("generator-ä.pt", make_generator(), target="resnet18", aux="none")
-    for name, end in ("one", ">&-"), ("two", ""):
-        result = subprocess.run(f"{words} generator-ä.pt --out {name} {end}", shell=True, capture_output=True,
+    """A closed standard output, an ASCII console, a reader that goes away; and a file name that is no text."""
+    name = "generator-\udce4 \n ä.pt"
+    write_generator(name, make_generator(), target="resnet18", aux="none")
+    words = shlex.join([sys.executable, str(ROOT / "evaluate.py"), "--limit", "10", "--generator", name, "--out"])
+    for out, end in ("one", ">&-"), ("two", ""), ("three", "| true"):
+        result = subprocess.run(f"{{ {words} {out}; echo code $? >&2; }} {end}", shell=True, capture_output=True,
                                 text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-        assert result.returncode == 0 and os.path.exists(f"{name}/results.json"), result.stderr
+        assert "code 0" in result.stderr and os.path.exists(f"{out}/results.json"), result.stderr
+        assert "\n| \N{REPLACEMENT CHARACTER} ä |" in Path(f"{out}/tables.md").read_text()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -751,23 +766,26 @@ def test_timing_names_every_network_and_its_precision(workplace, main, monkeypat
     assert 0 < times["ms_batch_256"] and 0 < times["ms_batch_1"]
 
 
-def test_attack_undoes_a_negative_and_leaves_its_file(data, tmp_path, monkeypatch):
+def test_attack_undoes_a_negative_and_is_kept(data, tmp_path, capsys):
     few, path = {key: (x[:128], y[:128]) for key, (x, y) in data.items()}, str(tmp_path / "attack")
     few["test"] = test, labels = tuple(part[:100] for part in data["test"])
-    monkeypatch.setattr(evaluate.attack, "__defaults__", (16, 0.002))
-    target = build_classifier("mobilenet_v2").eval()
-    results, recovered = evaluate.attack(lambda x: 1 - x, target, few, path, 5, "cpu", 0)
+    call = {"generator": lambda x: 1 - x, "target": build_classifier("mobilenet_v2").eval(), "data": few, "path": path,
+            "epochs": 5, "batch_size": 16}
+    evaluate.attack(**call)
+    assert sorted(os.listdir(tmp_path)) == ["attack.json", "attack.png"]
+    results = json.loads(Path(f"{path}.json").read_text())
     last, floor = results["log"][-1], results["floor"]
-    assert results["protected"]["ssim"] < -0.5 < 0.7 < last["ssim"] and last["psnr"] > 15
+    assert len(results["log"]) == 5 and results["protected"]["ssim"] < -0.5 < 0.7 < last["ssim"] and last["psnr"] > 15
     assert results["matched"] == 100 and last["found"] > 90 > 20 > floor["found"]
-    assert evaluate.mean_of(ssim, test, recovered) == pytest.approx(last["ssim"])
-    nearest = [((test / 255.0 - picture / 255.0) ** 2).sum((1, 2, 3)).argmin().item() for picture in recovered]
-    assert last["found"] == pytest.approx(sum(i == place for place, i in enumerate(nearest)))  # percent of 100
     x, y = few["train"]  # the floor: the mean training picture of the right class
     means = torch.stack([x[y == i].double().mean(0).round() for i in range(10)])[labels] / 255
-    slow = (10 * torch.log10(1 / ((means - test / 255.0) ** 2).mean((1, 2, 3)))).mean()
-    assert floor["psnr"] == pytest.approx(slow.item(), rel=1e-4)
-    assert json.loads(Path(f"{path}.json").read_text())["log"] == results["log"]
+    squares = ((means[:, None] - test[None] / 255.0) ** 2).mean((2, 3, 4))
+    assert floor["psnr"] == pytest.approx((10 * torch.log10(1 / squares.diagonal())).mean().item(), rel=1e-4)
+    assert floor["found"] == pytest.approx((squares.argmin(1) == torch.arange(100)).sum().item())  # percent of 100
+    evaluate.attack(**call)
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="attack.json was trained with epochs 5 .now 6.*another --out"):
+        evaluate.attack(**call | {"epochs": 6})
 
 
 def test_the_whole_command_with_an_attack(data, toy, main):
@@ -829,6 +847,51 @@ def test_pictures_of_ones_own_are_shrunk_first(toy, main):
     assert (on_its_side - small[0]).abs().mean() < 3
     assert evaluate.open_picture("alpha.png").min() == 255  # transparent is white
     assert evaluate.open_picture("deep.png").unique().tolist() == [200]
+
+
+def test_pictures_with_damaged_extras_open_and_unclear_values_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = Image.effect_noise((48, 40), 60)
+    for ending in "png", "jpg":
+        picture.convert("RGB").save(f"plain.{ending}", quality=95)
+    whole, profile = Path("plain.png").read_bytes(), b"\0\0\0\0iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big")
+    for place in 33, len(whole) - 12:  # before the pixels and after them
+        Path("profile.png").write_bytes(whole[:place] + profile + whole[place:])
+        assert torch.equal(evaluate.open_picture("profile.png"), evaluate.open_picture("plain.png"))
+    exif = [b"Exif\0\0II*\0\x08\0\0\0\x02\0", struct.pack("<HHIi", 0x0111, 9, 1, -5),  # no place in a file is negative
+            struct.pack("<HHII", 0x0112, 3, 1, 6), bytes(4)]  # lies on its side
+    picture.convert("RGB").save("turned.jpg", quality=95, exif=b"".join(exif))
+    on_its_side = evaluate.open_picture("turned.jpg").rot90(1, (2, 3))
+    assert torch.equal(on_its_side, evaluate.open_picture("plain.jpg"))
+    values = np.asarray(picture)
+    for name, same in ("float.tif", np.float32(values / 255)), ("deep.png", np.uint16(values) * 257):
+        Image.fromarray(same).save(name)
+        assert torch.equal(evaluate.open_picture(name), evaluate.open_picture("plain.png")), name
+    clear = Image.fromarray(np.uint16(values) // 128 * 65535)
+    clear.save("clear.png", transparency=0)  # black is transparent, the rest is white, and so is what it is laid on
+    assert evaluate.open_picture("clear.png").min() == 255
+    for name, unclear in ("over.tif", np.float32(values)), ("int32.tif", np.int32(values)):
+        Image.fromarray(unclear).save(name)
+        with pytest.raises(UserError, match="values go from 0 to 255: save it with 8 bits"):
+            evaluate.open_picture(name)
+
+
+def test_a_large_picture_is_held_once(toy):
+    """A PNG of 144 megapixels ends well in 1.5 GB; a decompression bomb is one line; the others are done."""
+    for name, size in ("large.png", 12000), ("bomb.png", 20000):
+        header = struct.pack(">IIBBBBB", size, size, 1, 0, 0, 0, 0)  # one bit a pixel, all of them black
+        rows = zlib.compress(bytes(size * (1 + size // 8)), 1)
+        chunks = (b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")
+        Path(name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+            for kind, content in chunks))
+    script = ("import resource, sys, evaluate\nfrom classifiers import command\ntry:\n    with command():\n"
+              "        evaluate.main()\nfinally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    result = subprocess.run([sys.executable, "-c", script, "--image", "bomb.png", "large.png"], env=environment(),
+                            capture_output=True, text=True)
+    bomb, failed = result.stderr.splitlines()
+    assert result.returncode == 1 and "bomb.png: cannot be read" in bomb and "1 failed" in failed
+    assert "large.png: the target sees" in result.stdout and int(result.stdout.splitlines()[-1]) < 1.5e6  # kilobytes
 
 
 # --- export_mobile.py -------------------------------------------------------------------------------------------------

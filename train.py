@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 
 from classifiers import (CLASSIFIERS, UserError, add_common_arguments, augment, autocast, check_settings,
-                         choose_precision, command, each, find_classifier, hardware, load, load_cifar10,
+                         choose_precision, command, each, find_classifier, folder, hardware, load, load_cifar10,
                          load_classifier, number, remove, save, to_float, train_classifier, training)
 from ssim import ssim
 from unet import Encoder, Generator
@@ -88,19 +88,19 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
     Returns target_accuracy and aux_accuracy in percent (Eq. 5; None without an auxiliary model), the absolute SSIM as
     ssim (mean, as in Figure 8), ssim_largest and ssim_over_0.1 (percent of images), and the loss of Eq. (4).
     """
-    loss, right, similarities = 0, {"target": 0, "aux": 0}, []
+    loss, target_right, aux_right, similarities = 0, 0, 0, []
     for x, hidden, label in zip(images.split(500), protected.split(500), labels.split(500)):
         x, hidden = to_float(x), to_float(hidden)
-        logits = {"target": target(hidden), "aux": aux(hidden) if aux else None}
-        loss += len(label) * protective_loss(x, hidden, *logits.values(), label, *weights).total.item()
-        right = {role: right[role] + (out.argmax(1) == label).sum().item() for role, out in logits.items()
-                 if out is not None}
+        target_logits, aux_logits = target(hidden), aux(hidden) if aux else None
+        loss += len(label) * protective_loss(x, hidden, target_logits, aux_logits, label, *weights).total.item()
+        target_right += (target_logits.argmax(1) == label).sum().item()
+        aux_right += (aux_logits.argmax(1) == label).sum().item() if aux else 0
         similarities.append(ssim(x, hidden).abs())
-    accuracies = {f"{role}_accuracy": 100 * right[role] / len(labels) if role in right else None for role in logits}
     similarity = torch.cat(similarities)
-    return accuracies | {"loss": loss / len(labels), "ssim": similarity.mean().item(),
-                         "ssim_largest": similarity.max().item(),
-                         "ssim_over_0.1": 100 * (similarity > 0.1).float().mean().item()}
+    return {"target_accuracy": 100 * target_right / len(labels),
+            "aux_accuracy": 100 * aux_right / len(labels) if aux else None, "loss": loss / len(labels),
+            "ssim": similarity.mean().item(), "ssim_largest": similarity.max().item(),
+            "ssim_over_0.1": 100 * (similarity > 0.1).float().mean().item()}
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
@@ -199,8 +199,6 @@ def load_generator(path: str) -> tuple[Generator, dict]:
     meta = load(path).get("meta", {})
     generator = Generator(meta.get("hardened", False))
     load(path, generator, "generator")
-    if not all(value.isfinite().all() for value in generator.state_dict().values()):
-        raise UserError(f"{path} holds numbers that are not finite: train it again with a lower --lr")
     return generator.eval(), meta
 
 
@@ -212,7 +210,7 @@ def fingerprint(name: str) -> str | None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, understood; `pairs` is what it asks for, "TARGET-AUX" each."""
+    """The command line, understood; `pairs` is what it asks for: path of a generator (no ending) to (target, aux)."""
     parser = argparse.ArgumentParser(description="Train protective perturbation generators (Algorithm 1): one for each "
                                                  "combination of --target and --aux, finished ones skipped.")
     option, here = parser.add_argument, DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"]
@@ -233,29 +231,26 @@ def arguments() -> argparse.Namespace:
         option(f"--w-{term}", type=number(float, 0), default=SETTINGS[f"w_{term}"],
                help="weight of this term in Eq. (4) (default: %(default)s)")
     option("--limit", type=number(int, 2), help="use the first LIMIT images of each split only (default: all)")
-    option("--out", default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
+    option("--out", type=folder, default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
     option("--force", action="store_true", help="train again what is finished, start over what is not")
     args = parser.parse_args()
     args.start = args.start or DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"]["start"]
     if args.hardened and args.start != "encoder":
         parser.error("--hardened paints what an encoder has understood: it needs --start encoder")
-    args.pairs = [f"{target}-{aux}" for target in CLASSIFIERS for aux in (*CLASSIFIERS, "none")
+    args.pairs = {f"{args.out}/generator-{target}-{aux}{'-hardened' * args.hardened}": (target, aux)
+                  for target in CLASSIFIERS for aux in (*CLASSIFIERS, "none")
                   if target != aux and {target, "all"} & {*args.target}
-                  and (aux in args.aux or aux != "none" and "all" in args.aux)]
+                  and (aux in args.aux or aux != "none" and "all" in args.aux)}
     if not args.pairs:
         parser.error("a target is never its own auxiliary: name another one, or use --aux none")
     return args
 
 
-def generator_path(args: argparse.Namespace, pair: str) -> str:
-    return f"{args.out}/generator-{pair}{'-hardened' * args.hardened}"  # without the ending
-
-
-def train_pair(pair: str, args: argparse.Namespace, data: dict) -> None:
-    """Train the generator for "TARGET-AUX" with the settings that were asked for, and else the defaults."""
-    target, aux = pair.split("-")
+def train_pair(path: str, args: argparse.Namespace, data: dict) -> None:
+    """Train the generator at `path`, one of args.pairs, with the settings asked for and else the defaults."""
+    target, aux = args.pairs[path]
     asked = "epochs", "batch_size", "precision", "lr", "w_target", "w_aux", "w_ssim", "seed", "hardened"
-    settings = {"lr": 0.001} if pair == "googlenet-vgg13_bn" else {}  # Section 4.1.3
+    settings = {"lr": 0.001} if (target, aux) == ("googlenet", "vgg13_bn") else {}  # Section 4.1.3
     settings |= {key: getattr(args, key) for key in asked if getattr(args, key) is not None}
     names = {"target": target, "aux": aux, "encoder": "encoder" if args.start == "encoder" else "none"}
     networks = {role: load_classifier(name, args.device) for role, name in names.items() if name != "none"}
@@ -265,8 +260,7 @@ def train_pair(pair: str, args: argparse.Namespace, data: dict) -> None:
         del encoder.linear  # what it recognised with is not part of the U-Net
     few = {part: (images[:args.limit], labels[:args.limit]) for part, (images, labels) in data.items()}
     try:
-        train_generator(networks["target"], networks.get("aux"), few, generator_path(args, pair), settings, encoder,
-                        args.device)
+        train_generator(networks["target"], networks.get("aux"), few, path, settings, encoder, args.device)
     except FloatingPointError as error:  # names the pair, so that nobody adds --force to --target all
         raise UserError(f"{error}: try --target {target} --aux {aux}{' --hardened' * args.hardened} --force with a "
                         "lower --lr") from error
@@ -279,9 +273,8 @@ def main() -> None:
     barrier = dist.barrier if args.world > 1 else lambda: None
     data = load_cifar10(args.data, args.device)
     if args.force and args.rank == 0:  # all now: after an interruption the command without --force does the rest
-        remove(*(f"{generator_path(args, pair)}.{ending}" for pair in args.pairs
-                 for ending in ("pt", "jsonl", "png", "checkpoint")))
-    needed = {args.start, *(name for pair in args.pairs for name in pair.split("-"))} - {"random", "none"}
+        remove(*(f"{path}.{ending}" for path in args.pairs for ending in ("pt", "jsonl", "png", "checkpoint")))
+    needed = {args.start, *sum(args.pairs.values(), ())} - {"random", "none"}
     missing = sorted(name for name in needed if not find_classifier(name))
     barrier()  # all have looked
     if mine := missing[args.rank::args.world]:
@@ -289,9 +282,9 @@ def main() -> None:
     with contextlib.suppress(UserError):  # said already; what needs it fails below
         each(mine, lambda name: train_classifier(name, data, args.device, seed=args.seed))
     barrier()
-    random.Random(0).shuffle(args.pairs)  # or one rank would have all the pairs of the costliest auxiliary model
+    paths = random.Random(0).sample(sorted(args.pairs), len(args.pairs))  # no rank gets all of the costliest auxiliary
     try:
-        each(args.pairs[args.rank::args.world], lambda pair: train_pair(pair, args, data))
+        each(paths[args.rank::args.world], lambda path: train_pair(path, args, data))
     finally:
         barrier()  # torchrun ends all ranks when one fails
 
