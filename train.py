@@ -2,7 +2,7 @@
 
     python train.py --target vgg13_bn --aux resnet18                          one generator
     python train.py --target vgg13_bn --aux resnet18 --hardened               one that withstands JPEG and attackers
-    torchrun --nproc-per-node 8 train.py --target all --aux all none          all of the paper, split over processes
+    torchrun --nproc-per-node 8 -- train.py --target all --aux all none       all of the paper, split over processes
 """
 
 import os
@@ -14,14 +14,13 @@ if __name__ == "__main__":  # Ctrl-C is one line, also while torch is still bein
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import math
 import random
 import time
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +39,7 @@ SETTINGS = {"lr": 0.005, "weight_decay": 0.0005, "w_target": 1.0, "w_aux": 1.0, 
             "hardened": False}
 DEFAULTS = {"cuda": {"start": "random", "epochs": 100, "batch_size": 256},
             "cpu": {"start": "encoder", "epochs": 2, "batch_size": 64}}
-
-
-class Loss(NamedTuple):
-    total: Tensor  # Eq. (4)
-    target: Tensor  # Eq. (1)
-    aux: Tensor  # Eq. (2)
-    ssim: Tensor  # Eq. (3)
+Loss = namedtuple("Loss", "total target aux ssim")  # Eq. (4), then (1), (2) and (3)
 
 
 def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_logits: Tensor | None, labels: Tensor,
@@ -181,8 +174,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         if best:  # kernels in 16 bits: 15 MB, not 31
             state = {key: value.half() if value.dim() == 4 else value for key, value in generator.state_dict().items()}
             save(f"{path}.pt", {"generator": state, "meta": settings | log[-1] | {"hardware": hardware(device)}})
-        save_image(torch.cat([validation[:8], protected[:8]]) / 255, picture := io.BytesIO(), nrow=8, format="png")
-        save(f"{path}.png", picture.getvalue())
+        save_image(torch.cat([validation[:8], protected[:8]]) / 255, f"{path}.png", nrow=8)
         save(f"{path}.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
         aux_words = f"auxiliary {result['aux_accuracy']:.2f}%, " if aux else ""
         print(f"{path}  epoch {epoch}/{settings['epochs']}  loss {means['total']:.3f}, validation {result['loss']:.3f}"
@@ -192,10 +184,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
 
 
 def load_generator(path: str) -> tuple[Generator, dict]:
-    """A file of train_generator: (generator in eval mode on the CPU, meta: its settings, names and scores).
-
-    Raises UserError where there is no such file, or it is damaged, is something else or holds infinities.
-    """
+    """A file of train_generator: (generator in eval mode on the CPU, its settings and scores). Raises UserError."""
     meta = load(path).get("meta", {})
     generator = Generator(meta.get("hardened", False))
     load(path, generator, "generator")
@@ -225,8 +214,7 @@ def arguments() -> argparse.Namespace:
     option("--epochs", type=number(int, 1), help=f"(default here: {here['epochs']})")
     option("--batch-size", type=number(int, 2), help=f"(default here: {here['batch_size']})")
     option("--precision", choices=("fp16", "bf16", "fp32"), help="(default: 16 bits where they are fast)")
-    option("--lr", type=number(float, 1e-9), help="the highest (default: the paper's, 0.005; for target googlenet with "
-                                                  "auxiliary vgg13_bn 0.001)")
+    option("--lr", type=number(float, 1e-9), help="the highest (default: 0.005; googlenet with vgg13_bn: 0.001)")
     for term in "target", "aux", "ssim":
         option(f"--w-{term}", type=number(float, 0), default=SETTINGS[f"w_{term}"],
                help="weight of this term in Eq. (4) (default: %(default)s)")
