@@ -360,8 +360,8 @@ def load(path: str, model: nn.Module | None = None, key: str = "") -> dict:
 def check_settings(path: str, found: dict, asked: dict) -> None:
     """Raise UserError, with the differences, where `path` was not trained with the settings asked for."""
     if changed := [f"{key} {found.get(key)} (now {value})" for key, value in asked.items() if found.get(key) != value]:
-        raise UserError(f"{path} was trained with {', '.join(changed)}: ask for the former, or use --force or "
-                        "another --out")
+        raise UserError(f"{path} was trained with {', '.join(changed)}: ask for the former, or start over "
+                        "(--force; evaluate.py: another --out)")
 
 
 def training(path: str, parts: dict, settings: dict, log: list, n: int, device: str):

@@ -130,8 +130,9 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
 
     It gets the protected training images, flipped too, in 8 bits, and learns to return the originals (squared error and
     1 - SSIM, AdamW, one cycle). Writes path.json after every epoch, with the scores of what it recovers from the first
-    1,000 test images and, beside them, the floor: the mean training picture of the right class; at the end path.png.
-    A finished attack is not repeated. Raises UserError where it was made with other settings.
+    1,000 test images; at the end path.png. "found" is the percentage whose nearest original is their own (chance: 0.1),
+    "floor" what the class alone gives away: its mean training picture, "matched" what is found by who has the originals
+    and protects them. A finished attack is not repeated. Raises UserError where it was made with other settings.
     """
     (train, train_labels), (test, labels) = data["train"], (part[:1000] for part in data["test"])
     sent = protect(generator, test)
@@ -371,7 +372,7 @@ def to_rgba(image: Image.Image) -> Image.Image:
 
 
 def open_picture(path: str) -> Tensor:
-    """Any picture that Pillow reads, upright, laid on white and shrunk to what the target takes: uint8 (1, 3, 32, 32).
+    """Any picture that Pillow reads, upright, laid on white, resized to what the target takes: uint8 (1, 3, 32, 32).
 
     The generator hides at the size that it was trained for, so a picture is shrunk first and protected then. Large ones
     are averaged strip by strip, so that nothing larger than the decoded picture is held.
@@ -478,8 +479,8 @@ def main() -> None:
     parser.add_argument("--limit", type=number(int, 1), help="score on the first LIMIT test images (default: 5,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3, a few minutes (default: no)")
     parser.add_argument("--attack", nargs="?", type=number(int, 1), const=5, metavar="EPOCHS",
-                        help="also train a U-Net to undo each generator, 5 epochs or EPOCHS")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="only protect these, with the first generator")
+                        help="also train a U-Net on all training images to undo each generator, 5 epochs or EPOCHS")
+    parser.add_argument("--image", nargs="+", metavar="FILE", help="only protect these (first generator by name)")
     add_common_arguments(parser)
     args = parser.parse_args()
     if args.image and (args.timing or args.attack):

@@ -251,7 +251,8 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--serve", action="store_true", help="run the recognition service until Ctrl-C")
     mode.add_argument("--demo", action="store_true", help="export, then protect test images and have them recognised")
-    parser.add_argument("--generator", metavar="PATH", help="(default: the first by name in runs/ and weights/)")
+    parser.add_argument("--generator", metavar="PATH",
+                        help="(default: the first by name)")
     parser.add_argument("--out", metavar="PATH", help="the file to write (default: runs/NAME.ptl, with --half "
                                                       "runs/NAME-half.ptl); reports are written beside it")
     parser.add_argument("--half", action="store_true", help="store the weights in 16 bits, half the size")
@@ -265,8 +266,7 @@ def main() -> None:
                         help="port that --serve listens on, 0 for any (default: %(default)s)")
     parser.add_argument("--connect", type=address_argument, metavar="HOST:PORT",
                         help="a service that runs already, for --demo (default: --demo starts its own)")
-    parser.add_argument("--data", default="data", metavar="FOLDER",
-                        help="where CIFAR-10 is or will be (default: %(default)s)")
+    parser.add_argument("--data", default="data", metavar="FOLDER", help="CIFAR-10's (default: data)")
     args = parser.parse_args()
     if args.connect and not args.demo:
         parser.error("--connect goes with --demo")

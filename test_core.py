@@ -221,6 +221,14 @@ def test_generator_adds_the_denormalised_delta_and_mirrors_other_sizes(hardened)
             generator(torch.rand(shape))
 
 
+@torch.no_grad()
+def test_hardened_depends_on_the_picture_only_through_the_last_feature_map():
+    generator, x = make_generator(hardened=True), torch.rand(2, 3, 32, 32)
+    painted, (*others, last) = generator(x), generator.unet.encoder((x - MEAN) / STD)
+    generator.unet.encoder.forward = lambda z: [*map(torch.rand_like, others), last]
+    assert torch.equal(generator(torch.rand_like(x)), painted)
+
+
 # --- classifiers.py: files --------------------------------------------------------------------------------------------
 def test_full_disk_keeps_the_old_file(tmp_path):
     import resource
@@ -654,6 +662,20 @@ def test_likeness_is_the_correlation_with_its_own_and_with_another(data):
         for name, others in ("own", x), ("another", x[::-1]):
             slow = np.mean([abs(np.corrcoef(a, b)[0, 1]) for a, b in zip(others, y)])
             assert result[name + far] == pytest.approx(slow, abs=1e-5)
+
+
+@torch.no_grad()
+def test_what_ships_hides_and_scores_what_the_readme_says(data, tmp_path, monkeypatch):
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
+    monkeypatch.chdir(tmp_path)
+    (generator, meta), (images, labels) = load_generator("weights/generator-vgg13_bn-resnet18.pt"), data["test"]
+    protected, target, aux = protect(generator, images), load_classifier(meta["target"]), load_classifier(meta["aux"])
+    said = re.search(r"\| target accuracy, protected.*?([\d.]+)%", (ROOT / "README.md").read_text())[1]
+    assert accuracy(target, protected, labels) == pytest.approx(float(said), abs=0.5)
+    images, labels, protected = (part[:500] for part in (images, labels, protected))
+    result, alike = score(images, protected, target, aux, labels), evaluate.likeness(images, protected)
+    assert result["ssim"] <= 0.02 and result["ssim_largest"] < 0.15 and result["aux_accuracy"] < 15
+    assert alike["own"] < alike["another"] + 0.02 and alike["own_from_afar"] < alike["another_from_afar"] + 0.04
 
 
 def entry(target, aux, accuracy, clean, **settings):

@@ -1,7 +1,7 @@
 """Train protective perturbation generators: Algorithm 1 with the loss of Eq. (1) to (4).
 
     python train.py --target vgg13_bn --aux resnet18                          one generator
-    python train.py --target vgg13_bn --aux resnet18 --hardened               one that withstands JPEG and attackers
+    python train.py --target vgg13_bn --aux resnet18 --hardened               painted from the bottleneck alone
     torchrun --nproc-per-node 8 -- train.py --target all --aux all none       all of the paper, split over processes
 """
 
@@ -38,7 +38,7 @@ from unet import Encoder, Generator
 SETTINGS = {"lr": 0.005, "weight_decay": 0.0005, "w_target": 1.0, "w_aux": 1.0, "w_ssim": 0.5, "seed": 0,
             "hardened": False}
 DEFAULTS = {"cuda": {"start": "random", "epochs": 100, "batch_size": 256},
-            "cpu": {"start": "encoder", "epochs": 2, "batch_size": 64}}
+            "cpu": {"start": "encoder", "epochs": 4, "batch_size": 64}}
 Loss = namedtuple("Loss", "total target aux ssim")  # Eq. (4), then (1), (2) and (3)
 
 
@@ -98,10 +98,10 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------------------------
 def bad_wire(protected: Tensor) -> Tensor:
-    """What a hardened generator learns to stand: images (N, 3, H, W) in [0, 1] to what arrives of them, in [0, 1].
+    """What the classifiers see while a hardened generator is trained: images (N, 3, H, W) in [0, 1] to the same.
 
-    Noise, which leaves a margin for every loss; and, for every second batch, colour at half resolution, as in nearly
-    every JPEG file (4:2:0; JFIF's luminance y and colour differences).
+    Noise always; for half of the batches, drawn at random, colour at half resolution too, as in nearly every JPEG file
+    (4:2:0; JFIF's luminance y and colour differences). SSIM and validation take what leaves the phone.
     """
     noisy = (protected + 0.1 * torch.randn_like(protected)).clamp(0, 1)
     if torch.rand(()) < 0.5:
@@ -119,10 +119,10 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
 
     target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen. `data` is as of
     load_cifar10: "train" and "validation", uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,), on
-    `device`. `settings` override SETTINGS and DEFAULTS. A trained `encoder` is copied and frozen; without one all of U
-    starts at random. The best epoch by validation loss is the generator; path.jsonl is the log, path.png eight
-    validation pictures above their protected versions. After a stop, the same call goes on from the last finished
-    epoch; after the end, it reads the file. Raises FloatingPointError on a loss that is not finite.
+    `device`, as are all networks. `settings` override SETTINGS and DEFAULTS. A trained `encoder` is copied and frozen;
+    without one all of U starts at random. The best epoch by validation loss is the generator; path.jsonl is the log,
+    path.png eight validation pictures above their protected versions. After a stop, the same call goes on from the last
+    finished epoch; after the end, it reads the file. Raises FloatingPointError on a loss that is not finite.
     """
     on = "cuda" if device.startswith("cuda") else "cpu"
     settings = (SETTINGS | DEFAULTS[on] | {"precision": choose_precision(device, "fp16")} | (settings or {})
@@ -153,7 +153,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         for batch in batches:
             x, y = to_float(augment(images[batch])), labels[batch]
             with autocast(device, precision):
-                protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
+                protected = generator(x)  # delta = U(x), x' = clamp(x + delta); hardened: clamp(mean + delta)
                 arrived = bad_wire(protected) if settings["hardened"] else protected
                 target_logits = target(arrived)
                 aux_logits = aux(arrived) if aux else None
@@ -186,7 +186,9 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
 def load_generator(path: str) -> tuple[Generator, dict]:
     """A file of train_generator: (generator in eval mode on the CPU, its settings and scores). Raises UserError."""
     meta = load(path).get("meta", {})
-    generator = Generator(meta.get("hardened", False))
+    if "hardened" not in meta:
+        raise UserError(f"{path} does not say which form of generator it holds: train it with train.py")
+    generator = Generator(meta["hardened"])
     load(path, generator, "generator")
     return generator.eval(), meta
 
@@ -208,8 +210,8 @@ def arguments() -> argparse.Namespace:
     option("--aux", nargs="+", required=True, choices=[*CLASSIFIERS, "none", "all"], metavar="NAME",
            help="the auxiliary model: the same names, none, or all (without none)")
     add_common_arguments(parser)
-    option("--start", choices=("encoder", "random"), help="frozen, from an encoder that recognises; or from nothing, "
-                                                          f"as in the paper (default here: {here['start']})")
+    option("--start", choices=("encoder", "random"), help="a frozen encoder that recognises, or nothing, as in the "
+                                                          f"paper (default here: {here['start']})")
     option("--hardened", action="store_true", help="paint from the encoder's last map alone, and train over a bad wire")
     option("--epochs", type=number(int, 1), help=f"(default here: {here['epochs']})")
     option("--batch-size", type=number(int, 2), help=f"(default here: {here['batch_size']})")
@@ -222,7 +224,8 @@ def arguments() -> argparse.Namespace:
     option("--out", type=folder, default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
     option("--force", action="store_true", help="train again what is finished, start over what is not")
     args = parser.parse_args()
-    args.start = args.start or DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"]["start"]
+    default = DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"]["start"]
+    args.start = args.start or ("encoder" if args.hardened else default)
     if args.hardened and args.start != "encoder":
         parser.error("--hardened paints what an encoder has understood: it needs --start encoder")
     args.pairs = {f"{args.out}/generator-{target}-{aux}{'-hardened' * args.hardened}": (target, aux)

@@ -71,8 +71,9 @@ class Generator(nn.Module):
     a multiple of 16 the picture is padded to the next one by mirroring, and delta is cropped. Raises ValueError on any
     other shape. Source: Section 3.2, Figure 3.
 
-    `hardened` is not the paper's: U paints the whole picture, without skips and without x + delta. What is not in the
-    bottleneck cannot leak to someone who trains a network to undo this one.
+    `hardened` is not the paper's: protected = clamp(mean + std * U), without skips and without x, since what is not in
+    the bottleneck cannot leak to someone who trains a network to undo this one. The weights of both forms have the same
+    names and shapes: train.load_generator knows which form a file holds.
     """
 
     def __init__(self, hardened: bool = False):
