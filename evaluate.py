@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,9 +50,9 @@ TABLE_3 = {"vgg13_bn": ("1.116", "0.012"), "vgg16_bn": ("1.262", "0.012"), "resn
 
 
 # --- How hidden, and what the wire does -------------------------------------------------------------------------------
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image pair, (N, 3, H, W) in [0, 1] to (N,); infinite for equal ones."""
-    return -10 * torch.log10(((x - y) ** 2).mean(dim=(1, 2, 3)))
+def psnr(images: Tensor, others: Tensor) -> float:
+    """The mean peak signal-to-noise ratio in dB of pairs of uint8 images (N, 3, H, W); infinite for equal ones."""
+    return -10 * ((to_float(images) - to_float(others)) ** 2).mean(dim=(1, 2, 3)).log10().mean().item()
 
 
 def likeness(images: Tensor, protected: Tensor) -> dict:
@@ -71,12 +70,6 @@ def likeness(images: Tensor, protected: Tensor) -> dict:
     return result
 
 
-def mean_of(measure, images: Tensor, others: Tensor) -> float:
-    """The mean of a measure of likeness over pairs of uint8 images (N, 3, H, W)."""
-    pairs = zip(images.split(500), others.split(500))
-    return torch.cat([measure(to_float(x), to_float(y)) for x, y in pairs]).mean().item()
-
-
 def jpeg(images: Tensor, quality: int, subsampling: str) -> Tensor:
     """uint8 images (N, 3, H, W) as they come out of a JPEG file of this quality; "4:2:0": colour at half resolution."""
     arrived = []
@@ -87,13 +80,10 @@ def jpeg(images: Tensor, quality: int, subsampling: str) -> Tensor:
 
 
 def rgb565(images: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) with 5, 6 and 5 bits a channel, as the authors' Android app sends them.
-
-    The low bits are cut off; to get back to 8 bits the high ones are repeated, so that white stays white.
-    """
+    """uint8 images (N, 3, H, W) with 5, 6 and 5 bits a channel, as the authors' Android app sends them, and back."""
     bits = torch.tensor([5, 6, 5], dtype=torch.uint8, device=images.device).view(1, 3, 1, 1)
     cut = images >> (8 - bits)
-    return (cut << (8 - bits)) | (cut >> (2 * bits - 8))
+    return (cut << (8 - bits)) | (cut >> (2 * bits - 8))  # the high bits again in place of the low: white stays white
 
 
 WIRES = {"PNG": lambda images: images,
@@ -103,14 +93,11 @@ WIRES = {"PNG": lambda images: images,
 
 def evaluate_generator(generator: nn.Module, target: str, aux: str, classifiers: dict, clean: dict, images: Tensor,
                        labels: Tensor) -> tuple[dict, Tensor]:
-    """All scores of one generator on uint8 images (N, 3, H, W), and the protected images, uint8 alike.
-
-    classifiers and clean hold the trained networks and their accuracy on the original images, by name.
-    """
+    """All scores of one generator on uint8 images (N, 3, H, W), and the protected images; `clean`: {name: accuracy}."""
     protected = protect(generator, images)
     result = score(images, protected, classifiers[target], classifiers.get(aux), labels) | likeness(images, protected)
     result |= {"clean_target_accuracy": clean[target], "clean_aux_accuracy": clean.get(aux),
-               "drop": clean[target] - result["target_accuracy"], "psnr": mean_of(psnr, images, protected)}
+               "drop": clean[target] - result["target_accuracy"], "psnr": psnr(images, protected)}
     result["unseen"] = {name: accuracy(classifier, protected, labels) for name, classifier in classifiers.items()
                         if name not in (target, aux)}
     result["wire"] = {name: accuracy(classifiers[target], send(protected), labels) for name, send in WIRES.items()}
@@ -141,11 +128,11 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
                 "precision": choose_precision(device, "bf16")}
     words = "SSIM {ssim:.3f}, PSNR {psnr:.1f} dB, found {found:.1f}%"
     if os.path.exists(f"{path}.png"):
-        check_settings(f"{path}.json", json.loads(Path(f"{path}.json").read_text()), settings)
+        check_settings(f"{path}.json", json.load(open(f"{path}.json")), settings)
         return print(f"{path}.json is finished")
 
     def scores(recovered):
-        return {"ssim": mean_of(ssim, test, recovered), "psnr": mean_of(psnr, test, recovered),
+        return {"ssim": ssim(to_float(test), to_float(recovered)).mean().item(), "psnr": psnr(test, recovered),
                 "found": found(recovered, test), "target_accuracy": accuracy(target, recovered, labels)}
 
     print(f"{path}  protecting {2 * len(train):,} training pictures ...")
@@ -159,7 +146,7 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
     optimizer = torch.optim.AdamW(attacker.parameters(), fused=True)
     log, parts = results["log"], {"attacker": attacker, "optimizer": optimizer}
     for epoch, batches in training(path, parts, settings, log, len(train), device):
-        start, losses = time.monotonic(), []
+        start = time.monotonic()
         attacker.train()
         for batch in batches:
             batch = batch + len(train) * torch.randint(0, 2, batch.shape, device=device)  # flipped or not
@@ -170,10 +157,7 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.detach())
-        if not torch.stack(losses).isfinite().all():
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch} of the attack")
-        recovered = protect(attacker.eval(), sent)
+        recovered = protect(attacker.eval(), sent)  # raises where it has diverged
         log.append(scores(recovered) | {"seconds": time.monotonic() - start})
         save(f"{path}.json", json.dumps(results | settings, indent=1).encode())
         print(f"{path}  epoch {epoch}/{epochs}  recovered: {words.format(**log[-1])}")
@@ -187,10 +171,7 @@ def attack(generator: nn.Module, target: nn.Module, data: dict, path: str, epoch
 
 # --- The paper's tables -----------------------------------------------------------------------------------------------
 def summarise(entries: list[dict]) -> dict:
-    """What Table 2, Figures 10 and 11 and Section 4.2.2 say about several generators: a dict of plain numbers.
-
-    An entry holds target, aux ("none" or a name), target_accuracy, drop and ssim; what was not trained is None.
-    """
+    """What Table 2, Figures 10 and 11 and Section 4.2.2 say about several generators; what was not trained is None."""
     pairs, table_2, by_aux = [entry for entry in entries if entry["aux"] != "none"], {}, {}
     for target in CLASSIFIERS:
         scores = {entry["aux"]: entry["target_accuracy"] for entry in entries if entry["target"] == target}
@@ -216,7 +197,7 @@ def tables(results: dict) -> str:
 
     def add(title, head, rows):
         lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows) if row]
-        parts.append("\n".join([f"**{title}**".replace("|", "&#124;"), "", *lines, ""]) * bool(rows))
+        parts.append("\n".join([f"**{title}**", "", *lines, ""]) * bool(rows))
 
     def add_scores(title, head, cells):  # one line a generator
         add(title, ("generator", *head), [(name, *cells(entry)) for name, entry in results["generators"].items()])
@@ -403,10 +384,8 @@ def protect_picture(file: str, generator: nn.Module, target: nn.Module, out: str
     seen = [CLASSES[target(to_float(image)).argmax()] for image in (original, protected)]
     picture(protected[0], 1).save(png := io.BytesIO(), "PNG")
     save(f"{stem}-protected.png", png.getvalue())
-    draw_sheet(f"{stem}-sheet.png", [], [
-        ("", [("original", BLACK, WHITE), ("protected", BLACK, WHITE)]),
-        ("32 x 32", [picture(image[0]) for image in (original, protected)]),
-        ("the target sees", [(answer, BLACK, WHITE) for answer in seen])])
+    draw_sheet(f"{stem}-sheet.png", [f"The target sees {seen[0]}, protected {seen[1]}"],
+               [("original", [picture(original[0])]), ("protected", [picture(protected[0])])])
     print(f"{file}: the target sees {seen[0]}, protected {seen[1]}  -> {stem}-protected.png, {stem}-sheet.png")
 
 
