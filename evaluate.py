@@ -1,6 +1,6 @@
 """The tables and figures of Section 4, and what the paper leaves out.
 
-    python evaluate.py                      all generators in runs/ and weights/, about two minutes each on 2 CPU cores
+    python evaluate.py                      all generators in runs/ and weights/, one or two minutes each on 2 CPU cores
     python evaluate.py --timing             and Table 3: what the generator and the classifiers cost
     python evaluate.py --attack 5           and how much someone who has the generator gets back, in 5 epochs
     python evaluate.py --image cat.jpg      protect pictures of your own

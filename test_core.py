@@ -483,7 +483,9 @@ def test_killed_run_goes_on_to_the_same_weights(workplace, start, ending):
     kill_after(command(*words, "--out", "killed"), log.exists)
     assert len(read_log(log)) < 3
     assert "going on after epoch" in run(*words, "--out", "killed").stdout
-    assert same_run(whole, f"killed/{NAME}{ending}") and load_generator(f"{whole}.pt")[0].hardened == bool(ending)
+    generator, meta = load_generator(f"{whole}.pt")
+    assert same_run(whole, f"killed/{NAME}{ending}") and generator.hardened == bool(ending)
+    assert (meta["w_aux"], meta["epochs"]) == (0.1 if ending else 1, 3)  # HARDENED, where the command says nothing else
     encoder, trained = torch.load("runs/encoder.pt")["classifier"], torch.load(f"{whole}.pt")["generator"]
     frozen = [torch.equal(value, encoder[key.removeprefix("unet.encoder.")].to(value.dtype))
               for key, value in trained.items() if key.startswith("unet.encoder.") and "num_batches" not in key]
