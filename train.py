@@ -124,7 +124,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     `device`, as are all networks. `settings` override SETTINGS and DEFAULTS; HARDENED are some. A trained `encoder` is
     copied and frozen; without one all of U starts at random. The best epoch by validation loss is the generator;
     path.jsonl is the log, path.png eight validation pictures above their protected versions. After a stop, the same
-    call goes on from the last finished epoch; after the end, it reads the file. Raises FloatingPointError on a loss that is not finite.
+    call goes on from the last finished epoch; after the end, it reads the file. Raises FloatingPointError on a
+    loss that is not finite.
     """
     on = "cuda" if device.startswith("cuda") else "cpu"
     settings = (SETTINGS | DEFAULTS[on] | {"precision": choose_precision(device, "fp16")} | (settings or {})
