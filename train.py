@@ -121,11 +121,11 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
 
     target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen. `data` is as of
     load_cifar10: "train" and "validation", uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,), on
-    `device`, as are all networks. `settings` override SETTINGS and DEFAULTS; HARDENED are some. A trained `encoder` is
-    copied and frozen; without one all of U starts at random. The best epoch by validation loss is the generator;
-    path.jsonl is the log, path.png eight validation pictures above their protected versions. After a stop, the same
-    call goes on from the last finished epoch; after the end, it reads the file. Raises FloatingPointError on a
-    loss that is not finite.
+    `device`, as are all networks. `settings` override SETTINGS and DEFAULTS. A trained `encoder` is copied and frozen;
+    without one all of U starts at random; a hardened generator needs one, and HARDENED. The best epoch by validation
+    loss is the generator; path.jsonl is the log, path.png eight validation pictures above their protected versions.
+    After a stop, the same call goes on from the last finished epoch; after the end, it reads the file. Raises
+    FloatingPointError on a loss that is not finite.
     """
     on = "cuda" if device.startswith("cuda") else "cpu"
     settings = (SETTINGS | DEFAULTS[on] | {"precision": choose_precision(device, "fp16")} | (settings or {})
