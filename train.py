@@ -230,8 +230,6 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     default = DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"]["start"]
     args.start = args.start or ("encoder" if args.hardened else default)
-    if args.hardened and args.start != "encoder":
-        parser.error("--hardened paints what an encoder has understood: it needs --start encoder")
     args.pairs = {f"{args.out}/generator-{target}-{aux}{'-hardened' * args.hardened}": (target, aux)
                   for target in CLASSIFIERS for aux in (*CLASSIFIERS, "none")
                   if target != aux and {target, "all"} & {*args.target}
