@@ -453,8 +453,7 @@ def write_results(out: str, results: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score generators: the paper's tables and figures, and some more.")
     parser.add_argument("--generator", nargs="+", metavar="FILE", help="(default: all in runs/ and weights/)")
-    parser.add_argument("--out", type=folder, default="runs/evaluation", metavar="FOLDER",
-                        help="where results.json, tables.md and the pictures go (default: %(default)s)")
+    parser.add_argument("--out", type=folder, default="runs/evaluation", help="for the results (default: %(default)s)")
     parser.add_argument("--limit", type=number(int, 1), help="score on the first LIMIT test images (default: 5,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3, a few minutes (default: no)")
     parser.add_argument("--attack", nargs="?", type=number(int, 1), const=5, metavar="EPOCHS",
@@ -468,6 +467,8 @@ def main() -> None:
     if not paths and not args.timing:
         raise UserError("no generator in runs/ or weights/: run python train.py --target vgg13_bn --aux resnet18")
     if args.image:
+        if len({os.path.splitext(os.path.basename(file))[0] for file in args.image}) < len(args.image):
+            parser.error("--image: of two files with one name the second would overwrite what comes of the first")
         generator, meta = open_generator(paths[0])
         target = load_classifier(meta["target"], args.device)
         print(f"{paths[0]} (target {meta['target']}, auxiliary {meta['aux']}; --generator chooses)")

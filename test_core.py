@@ -774,7 +774,8 @@ def test_the_whole_command_with_an_attack(data, toy, main):
 def test_nothing_to_evaluate_and_wrong_usage(tmp_path, main, monkeypatch):
     done = subprocess.run([sys.executable, ROOT / "evaluate.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "python train.py" in done.stderr and len(done.stderr.splitlines()) == 1
-    for wrong in ["--attack", "0"], ["--image", "x.png", "--timing"], ["--generator"], ["--unknown"]:
+    for wrong in ["--attack", "0"], ["--image", "x.png", "--timing"], ["--generator"], ["--unknown"], [
+            "--image", "a/x.png", "b/x.jpg"]:
         assert main(evaluate, *wrong)[0] == 2
     monkeypatch.chdir(tmp_path)
     for name in "weights/generator-resnet18-none.pt", "weights/generator-vgg13_bn.pt", "runs/generator-vgg13_bn.pt":
