@@ -363,7 +363,7 @@ def check_settings(path: str, found: dict, asked: dict) -> None:
     """Raise UserError, with the differences, where `path` was not trained with the settings asked for."""
     if changed := [f"{key} {found.get(key)} (now {value})" for key, value in asked.items() if found.get(key) != value]:
         raise UserError(f"{path} was trained with {', '.join(changed)}: ask for the former, or start over "
-                        "(--force; evaluate.py: another --out)")
+                        "(--force, for an attack another --out)")
 
 
 def training(path: str, parts: dict, settings: dict, log: list, n: int, device: str):
@@ -419,7 +419,7 @@ def number(kind: type, low: float, high: float = math.inf):
         if low <= kind(text) < high:
             return kind(text)
         raise ValueError
-    parse.__name__ = f"{kind.__name__} from {low} to below {high}"  # argparse names it in its message
+    parse.__name__ = f"{kind.__name__} in [{low}, {high})"  # argparse names it in its message
     return parse
 
 

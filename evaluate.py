@@ -188,7 +188,7 @@ def summarise(entries: list[dict]) -> dict:
 
 
 def show(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.00"
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.00"
 
 
 def tables(results: dict) -> str:
@@ -207,13 +207,11 @@ def tables(results: dict) -> str:
                 "mean abs. SSIM", "largest", "over 0.1 (%)", "epochs"),
                lambda e: (*(show(e[key]) for key in ("clean_target_accuracy", "target_accuracy", "drop",
                                                      "clean_aux_accuracy", "aux_accuracy")), show(e["ssim"], 4),
-                          show(e["ssim_largest"], 3), show(e["ssim_over_0.1"]), str(e["settings"].get("epochs", "–"))
-                          + " (quick look)" * bool(e["settings"].get("limit"))
-                          + " (in training)" * (not e["finished"])))
+                          show(e["ssim_largest"], 3), show(e["ssim_over_0.1"]), str(e["settings"].get("epochs", "-"))
+                          + " (quick look)" * bool(e["settings"].get("limit")) + " (training)" * (not e["finished"])))
     add_scores("Like its own original, or like any? Mean absolute correlation of brightness; PSNR (dB)",
                ("own", "another's", "own, from afar", "another's, from afar", "PSNR"),
-               lambda e: [*(show(e[key], 3) for key in ("own", "another", "own_from_afar", "another_from_afar")),
-                          show(e["psnr"])])
+               lambda e: [show(e[key], 3) for key in ("own", "another", "own_from_afar", "another_from_afar", "psnr")])
     if summary["generators"] > 1:
         add("Table 2: target accuracy (%) on protected images, ours / the paper's",
             ("target", "auxiliary models", "min", "median", "max", "no auxiliary"),
@@ -254,10 +252,10 @@ def picture(image: Tensor, scale: int = 3) -> Image.Image:
 
 def draw_sheet(path: str, title: list[str], rows: list[tuple[str, list]]) -> None:
     """Write a PNG: lines of title, rows of (label, cells): pictures, (text, colour, background) or none, a heading."""
-    big, font, cell = ImageFont.load_default(22), ImageFont.load_default(16), 102
+    big, font, cell, words = ImageFont.load_default(22), ImageFont.load_default(16), 102, [*title, *dict(rows)]
     left = 20 + int(max(font.getlength(label) for label, cells in rows if cells))
     heights = [6 + max([c.height for c in cells if isinstance(c, Image.Image)], default=24) for _, cells in rows]
-    width = max([left + cell * len(cells) for _, cells in rows] + [int(big.getlength(line)) + 20 for line in title])
+    width = max([left + cell * len(cells) for _, cells in rows] + [20 + int(big.getlength(line)) for line in words])
     sheet = Image.new("RGB", (width, 32 * len(title) + sum(heights) + 20), WHITE)
     draw, y = ImageDraw.Draw(sheet), 10 + 32 * len(title)
     for i, line in enumerate(title):
@@ -291,7 +289,7 @@ def draw_heatmaps(path: str, entries: list[dict]) -> None:
         targets, auxes = ([name for name in (*CLASSIFIERS, "none") if name in {pair[i] for pair in cells}]
                           for i in (0, 1))
         rows += [("", []), (title, []), ("target \\ auxiliary", [(aux, BLACK, WHITE) for aux in auxes])] * bool(cells)
-        rows += [(target, [cells.get((target, aux), ("–", BLACK, WHITE)) for aux in auxes]) for target in targets]
+        rows += [(target, [cells.get((target, aux), ("", BLACK, WHITE)) for aux in auxes]) for target in targets]
     draw_sheet(path, [], rows)
 
 
@@ -382,11 +380,13 @@ def protect_picture(file: str, generator: nn.Module, target: nn.Module, out: str
         raise UserError(f"cannot be read as a picture ({error})") from error
     protected, stem = protect(generator, original), f"{out}/{os.path.splitext(os.path.basename(file))[0]}"
     seen = [CLASSES[target(to_float(image)).argmax()] for image in (original, protected)]
+    words = (f"the target sees {seen[0]}, protected {seen[1]}; |SSIM| "
+             f"{ssim(to_float(original), to_float(protected)).abs().item():.3f}")
     picture(protected[0], 1).save(png := io.BytesIO(), "PNG")
     save(f"{stem}-protected.png", png.getvalue())
-    draw_sheet(f"{stem}-sheet.png", [f"The target sees {seen[0]}, protected {seen[1]}"],
-               [("original", [picture(original[0])]), ("protected", [picture(protected[0])])])
-    print(f"{file}: the target sees {seen[0]}, protected {seen[1]}  -> {stem}-protected.png, {stem}-sheet.png")
+    pictures = [("original", [picture(original[0])]), ("protected", [picture(protected[0])])]
+    draw_sheet(f"{stem}-sheet.png", [words], pictures)
+    print(f"{file}: {words}  -> {stem}-protected.png, {stem}-sheet.png")
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -442,7 +442,8 @@ def evaluate_file(path: str, args: argparse.Namespace, data: dict, classifiers: 
 
 
 def write_results(out: str, results: dict) -> None:
-    papers = [entry for entry in results["generators"].values() if not entry["settings"].get("hardened")]
+    papers = [entry for entry in results["generators"].values() if entry["finished"]
+              and not entry["settings"].get("hardened") and not entry["settings"].get("limit")]
     results["summary"] = summarise(papers)
     save(f"{out}/results.json", json.dumps(results, indent=1).encode())
     save(f"{out}/tables.md", tables(results).encode())
@@ -461,17 +462,16 @@ def main() -> None:
     parser.add_argument("--image", nargs="+", metavar="FILE", help="only protect these (first generator by name)")
     add_common_arguments(parser)
     args = parser.parse_args()
-    if args.image and (args.timing or args.attack):
-        parser.error("--image only protects pictures: run --timing and --attack without it")
+    names = {os.path.splitext(os.path.basename(file))[0] for file in args.image or ()}  # of what comes of them
+    if args.image and (args.timing or args.attack or len(names) < len(args.image)):
+        parser.error("--image only protects pictures, each of another name: run --timing and --attack without it")
     paths = args.generator or find_generators()
     if not paths and not args.timing:
         raise UserError("no generator in runs/ or weights/: run python train.py --target vgg13_bn --aux resnet18")
     if args.image:
-        if len({os.path.splitext(os.path.basename(file))[0] for file in args.image}) < len(args.image):
-            parser.error("--image: of two files with one name the second would overwrite what comes of the first")
         generator, meta = open_generator(paths[0])
         target = load_classifier(meta["target"], args.device)
-        print(f"{paths[0]} (target {meta['target']}, auxiliary {meta['aux']}; --generator chooses)")
+        print(f"{paths[0]}{' (quick look)' * bool(meta.get('limit'))}, target {meta['target']} (--generator chooses)")
         return each(args.image, lambda file: protect_picture(file, generator.to(args.device), target, args.out))
 
     results = {"generators": {}, "images": min(args.limit or 5000, 5000), "clean": {}, "timing": {},

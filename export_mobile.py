@@ -222,7 +222,7 @@ def demo(path: str, generator: Generator, target: nn.Module, target_name: str, i
             service.terminate()
             service.wait()
     percent = {"on the originals": accuracy(target, images, labels),
-               "through phone, network and service": 100 * (answers == labels).float().mean().item(),
+               "through phone, network and service": 100 * (answers == labels).double().mean().item(),
                "by evaluate.py's scoring": accuracy(target, protect(generator, images), labels)}
     stem, result = path.removesuffix(".ptl"), {
         "file": path, "target": target_name, "images": len(images), "accuracy": percent,
@@ -289,7 +289,7 @@ def main() -> None:
         return demo(out, generator, target, target_name, images, labels, args.connect)
     result = {"file": out, "generator": path, "target": target_name, **check(out, generator, target, images, labels)}
     save(f"{out}.json", json.dumps(result, indent=1).encode())
-    print(f"{json.dumps(result, indent=1)}\n-> {out}.json")
+    print(f"{json.dumps(result, indent=1)}\n-> {out}, {out}.json")
     if max(value for name, value in result.items() if "difference" in name) > (0.02 if args.half else 1e-4):
         raise UserError(f"{out} does not give the generator's pictures: look at the largest differences")
 

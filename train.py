@@ -122,8 +122,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen. `data` is as of
     load_cifar10: "train" and "validation", uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,), on
     `device`, as are all networks. `settings` override SETTINGS and DEFAULTS. A trained `encoder` is copied and frozen;
-    without one all of U starts at random; a hardened generator needs one, and HARDENED. The best epoch by validation
-    loss is the generator; path.jsonl is the log, path.png eight validation pictures above their protected versions.
+    without one all of U starts at random; a hardened generator wants one, and HARDENED. The best epoch by validation
+    loss is the generator; path.jsonl is the log, path.png eight validation pictures above its protected versions.
     After a stop, the same call goes on from the last finished epoch; after the end, it reads the file. Raises
     FloatingPointError on a loss that is not finite.
     """
@@ -133,7 +133,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
         generator, meta = load_generator(f"{path}.pt")
         check_settings(f"{path}.pt", meta, settings)
-        print(f"{path}.pt is finished (--force trains it again)")
+        print(f"{path}.pt is finished (--force, or deleting it, trains it again)")
         return generator.to(device)
     precision, weights = settings["precision"], [settings[key] for key in ("w_target", "w_aux", "w_ssim")]
     (images, labels), (validation, validation_labels), log = data["train"], data["validation"], []
@@ -142,12 +142,12 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     torch.manual_seed(settings["seed"])
     generator = Generator(settings["hardened"]).to(device, memory_format=torch.channels_last)  # "Randomly initialize U"
     if encoder:
-        generator.unet.encoder.load_state_dict(encoder.state_dict())
+        generator.unet.encoder.levels.load_state_dict(encoder.levels.state_dict())
         generator.unet.encoder.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in generator.parameters() if p.requires_grad],
                                   weight_decay=settings["weight_decay"], fused=True)
     scaler = torch.amp.GradScaler(on, enabled=precision == "fp16")
-    print(f"{path}.png shows, after each epoch, what becomes of eight validation pictures")
+    print(f"{path}.png shows, from the first epoch on, what the best does to eight validation pictures")
     parts = {"generator": generator, "optimizer": optimizer, "scaler": scaler}
     for epoch, batches in training(path, parts, settings, log, len(images), device):
         start, terms = time.monotonic(), []
@@ -175,9 +175,9 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         best = all(result["loss"] < line["validation"]["loss"] for line in log)
         log.append({"epoch": epoch, "train": means, "validation": result, "seconds": seconds})
         if best:  # kernels in 16 bits: 15 MB, not 31
+            save_image(torch.cat([validation[:8], protected[:8]]) / 255, f"{path}.png", nrow=8)
             state = {key: value.half() if value.dim() == 4 else value for key, value in generator.state_dict().items()}
             save(f"{path}.pt", {"generator": state, "meta": settings | log[-1] | {"hardware": hardware(device)}})
-        save_image(torch.cat([validation[:8], protected[:8]]) / 255, f"{path}.png", nrow=8)
         save(f"{path}.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
         aux_words = f"auxiliary {result['aux_accuracy']:.2f}%, " if aux else ""
         print(f"{path}  epoch {epoch}/{settings['epochs']}  loss {means['total']:.3f}, validation {result['loss']:.3f}"
@@ -250,11 +250,10 @@ def train_pair(path: str, args: argparse.Namespace, data: dict) -> None:
     networks = {role: load_classifier(name, args.device) for role, name in names.items() if name != "none"}
     settings |= {"target": target, "aux": aux, "limit": args.limit} | {
         f"{role}_sha256": fingerprint(names[role]) for role in networks}
-    if encoder := networks.get("encoder"):
-        del encoder.linear  # what it recognised with is not part of the U-Net
     few = {part: (images[:args.limit], labels[:args.limit]) for part, (images, labels) in data.items()}
     try:
-        train_generator(networks["target"], networks.get("aux"), few, path, settings, encoder, args.device)
+        train_generator(networks["target"], networks.get("aux"), few, path, settings, networks.get("encoder"),
+                        args.device)
     except FloatingPointError as error:  # names the pair, so that nobody adds --force to --target all
         raise UserError(f"{error}: try --target {target} --aux {aux}{' --hardened' * args.hardened} --force with a "
                         "lower --lr") from error
@@ -272,7 +271,7 @@ def main() -> None:
     missing = sorted(name for name in needed if not find_classifier(name))
     barrier()  # all have looked
     if mine := missing[args.rank::args.world]:
-        print(f"trained first, since they are neither in runs/ nor in weights/: {', '.join(mine)}")
+        print(f"trained first (on a CPU hours), since neither in runs/ nor in weights/: {', '.join(mine)}")
     with contextlib.suppress(UserError):  # said already; what needs it fails below
         each(mine, lambda name: train_classifier(name, data, args.device, seed=args.seed))
     barrier()
