@@ -492,15 +492,13 @@ def test_killed_run_goes_on_to_the_same_weights(workplace, start, ending):
     assert len(frozen) == 60 and all(frozen) == (start == "encoder")  # its batch norm statistics too
 
 
-@pytest.mark.parametrize("words, file", [
-    ([*PAIR, "--epochs", "50", "--limit", "64"], None), ([*PAIR, "--epochs", "50", "--limit", "64"], f"{NAME}.jsonl"),
-    (["classifiers", "--arch", "vgg16_bn"], "vgg16_bn.checkpoint"), (["export_mobile"], f"{NAME}.ptl"),
-    (["evaluate", "--limit", "64", "--attack"], "evaluation/results.json")])
-def test_interrupt_is_one_line(toy, words, file):
+@pytest.mark.parametrize("file, words", [
+    (None, PAIR), (f"{NAME}.jsonl", (*PAIR, "--epochs", "50", "--limit", "64", "--force")),
+    ("vgg16_bn.checkpoint", ("classifiers", "--arch", "vgg16_bn")), (f"{NAME}.ptl", ("export_mobile",)),
+    ("evaluation/results.json", ("evaluate", "--limit", "64", "--attack"))])
+def test_interrupt_is_one_line(toy, file, words):
     """While torch is being imported (None), and at work, once the file is there."""
-    if words[0] == "train":
-        os.remove(TOY)
-    words = [sys.executable, ROOT / f"{words[0]}.py", *words[1:]]
+    words = sys.executable, ROOT / f"{words[0]}.py", *words[1:]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     time.sleep(0.7)
     while file and not os.path.exists(f"runs/{file}"):

@@ -77,8 +77,8 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None, labels: Tensor,
-          weights: tuple = (1.0, 1.0, 0.5)) -> dict:
-    """Score protected images against their originals, both uint8 (N, 3, H, W), labels (N,).
+          weights: tuple = ()) -> dict:
+    """Score protected images against their originals, both uint8 (N, 3, H, W), labels (N,); weights: Eq. (4)'s.
 
     Returns target_accuracy and aux_accuracy in percent (Eq. 5; None without an auxiliary model), the absolute SSIM as
     ssim (mean, as in Figure 8), ssim_largest and ssim_over_0.1 (percent of images), and the loss of Eq. (4).
