@@ -1,287 +1,407 @@
 """Train protective perturbation generators: Algorithm 1 with the loss of Eq. (1) to (4).
 
-    python train.py --target vgg13_bn --aux resnet18                          one generator
-    python train.py --target vgg13_bn --aux resnet18 --hardened               painted from the bottleneck alone
-    torchrun --nproc-per-node 8 -- train.py --target all --aux all none       all of the paper, split over processes
+    python train.py --target vgg13_bn --aux resnet18               the paper's form
+    python train.py --target vgg13_bn --aux resnet18 --hardened    painted from the bottleneck alone
+    torchrun --nproc-per-node 8 -- train.py --target all --aux all none     the paper's 64
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C is one line, also while torch is still being imported
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\nstopped\n") and 130))
-
 import argparse
-import contextlib
-import hashlib
+import io
 import json
 import math
-import random
+import os
 import time
 from collections import namedtuple
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 from torchvision.utils import save_image
 
-from classifiers import (CLASSIFIERS, UserError, add_common_arguments, augment, autocast, check_settings,
-                         choose_precision, command, each, find_classifier, folder, hardware, load, load_cifar10,
-                         load_classifier, number, remove, save, to_float, train_classifier, training)
+from classifiers import (CLASSIFIERS, SCORING_BATCH, UserError, accuracy, add_common_arguments,
+                         autocast, choose_precision, halve, hardware, learning_rate, load,
+                         load_checkpoint, load_cifar10, load_classifier, load_weights, positive_int,
+                         progress, random_crop_flip, run, save, to_float)
 from ssim import ssim
 from unet import Encoder, Generator
 
-# Section 4.1.3. A CPU takes fewer epochs, of more steps, from an encoder that has learnt to recognise.
-SETTINGS = {"lr": 0.005, "weight_decay": 0.0005, "w_target": 1.0, "w_aux": 1.0, "w_ssim": 0.5, "seed": 0,
-            "hardened": False}
-# Not the paper's. The bottleneck hides by itself; at weight 1 the boundless -CE(aux) cost the target whole classes.
-HARDENED = {"hardened": True, "w_aux": 0.1, "epochs": 1, "batch_size": 64}
-DEFAULTS = {"cuda": {"start": "random", "epochs": 100, "batch_size": 256},
-            "cpu": {"start": "encoder", "epochs": 4, "batch_size": 64}}
 Loss = namedtuple("Loss", "total target aux ssim")  # Eq. (4), then (1), (2) and (3)
 
 
-def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_logits: Tensor | None, labels: Tensor,
-                    w_target: float = 1.0, w_aux: float = 1.0, w_ssim: float = 0.5) -> Loss:
-    """The loss of Section 3.3 and its terms, each the mean over the batch; training minimises `total`.
+def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_logits: Tensor | None,
+                    labels: Tensor, w_target: float = 1.0, w_aux: float = 1.0,
+                    w_ssim: float = 0.5) -> Loss:
+    """The loss of Section 3.3 and its terms, each the mean over the batch; minimise `total`.
 
-    w_ssim is the paper's omega_SI; the default weights are those of Section 4.1.3. x and protected are (N, 3, H, W)
-    in [0, 1], the logits (N, classes), the labels (N,). Without an auxiliary model (aux_logits None) its term is 0.
-    Raises ValueError where ssim() does.
+    x and protected are (N, 3, H, W) in [0, 1], the logits (N, classes), the labels (N,). The
+    default weights are those of Section 4.1.3; w_ssim is the paper's omega_SI. Without an auxiliary
+    model (aux_logits None) its term is 0. Raises ValueError where ssim() does.
     """
     loss_target = F.cross_entropy(target_logits.float(), labels)  # Eq. (1)
-    loss_aux = -F.cross_entropy(aux_logits.float(), labels) if aux_logits is not None else 0 * loss_target  # Eq. (2)
+    if aux_logits is None:
+        loss_aux = torch.zeros_like(loss_target)
+    else:
+        loss_aux = -F.cross_entropy(aux_logits.float(), labels)  # Eq. (2)
     loss_ssim = ssim(x, protected).mean()  # Eq. (3)
     total = w_target * loss_target + w_aux * loss_aux + w_ssim * loss_ssim  # Eq. (4)
     return Loss(total, loss_target, loss_aux, loss_ssim)
 
 
-# --- Scoring (Section 4.2.1): validation here, every report in evaluate.py --------------------------------------------
-@torch.no_grad()
-def protect(generator: nn.Module, images: Tensor) -> Tensor:
-    """What leaves the phone: uint8 images (N, 3, H, W) to the generator's output for them, rounded to 8 bits.
+def lossy_channel(protected: Tensor) -> Tensor:
+    """What reaches the classifiers while a hardened generator is trained: (N, 3, H, W) in [0, 1].
 
-    Raises FloatingPointError where that is not a number, which 8 bits would hide.
+    Noise always, and for half of the batches, drawn at random, colour at half resolution, as in
+    nearly every JPEG file (4:2:0; JFIF's luminance y and colour differences). Not in the paper.
     """
-    protected = []
-    for batch in images.split(500):
-        output = 255 * generator(to_float(batch))
-        if output.isnan().any():
-            raise FloatingPointError("the output of the U-Net is not finite")
-        protected.append(output.round().to(torch.uint8))
-    return torch.cat(protected)
-
-
-@torch.no_grad()
-def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None, labels: Tensor,
-          weights: tuple = ()) -> dict:
-    """Score protected images against their originals, both uint8 (N, 3, H, W), labels (N,); weights: Eq. (4)'s.
-
-    Returns target_accuracy and aux_accuracy in percent (Eq. 5; None without an auxiliary model), the absolute SSIM as
-    ssim (mean, as in Figure 8), ssim_largest and ssim_over_0.1 (percent of images), and the loss of Eq. (4).
-    """
-    loss, target_right, aux_right, similarities = 0, 0, 0, []
-    for x, hidden, label in zip(images.split(500), protected.split(500), labels.split(500)):
-        x, hidden = to_float(x), to_float(hidden)
-        target_logits, aux_logits = target(hidden), aux(hidden) if aux else None
-        loss += len(label) * protective_loss(x, hidden, target_logits, aux_logits, label, *weights).total.item()
-        target_right += (target_logits.argmax(1) == label).sum().item()
-        aux_right += (aux_logits.argmax(1) == label).sum().item() if aux else 0
-        similarities.append(ssim(x, hidden).abs())
-    similarity = torch.cat(similarities)
-    return {"target_accuracy": 100 * target_right / len(labels),
-            "aux_accuracy": 100 * aux_right / len(labels) if aux else None, "loss": loss / len(labels),
-            "ssim": similarity.mean().item(), "ssim_largest": similarity.max().item(),
-            "ssim_over_0.1": 100 * (similarity > 0.1).float().mean().item()}
-
-
-# --- Algorithm 1 ------------------------------------------------------------------------------------------------------
-def bad_wire(protected: Tensor) -> Tensor:
-    """What the classifiers see while a hardened generator is trained: images (N, 3, H, W) in [0, 1] to the same.
-
-    Noise always; for half of the batches, drawn at random, colour at half resolution too, as in nearly every JPEG file
-    (4:2:0; JFIF's luminance y and colour differences). SSIM and validation take what leaves the phone.
-    """
-    noisy = (protected + 0.1 * torch.randn_like(protected)).clamp(0, 1)
+    noise = torch.randn_like(protected)
+    noisy = (protected + 0.1 * noise).clamp(0, 1)
     if torch.rand(()) < 0.5:
         return noisy
     r, g, b = noisy.unbind(1)
     y = 0.299 * r + 0.587 * g + 0.114 * b
-    colour = F.avg_pool2d(torch.stack([r - y, b - y], 1), 2, ceil_mode=True)
-    r, b = (F.interpolate(colour, noisy.shape[2:], mode="bilinear") + y[:, None]).unbind(1)
-    return torch.stack([r, (y - 0.299 * r - 0.114 * b) / 0.587, b], 1).clamp(0, 1)
+    colour = torch.stack([r - y, b - y], 1)
+    colour = F.avg_pool2d(colour, 2, ceil_mode=True)
+    colour = F.interpolate(colour, noisy.shape[2:], mode="bilinear")
+    r, b = (colour + y[:, None]).unbind(1)
+    g = (y - 0.299 * r - 0.114 * b) / 0.587
+    return torch.stack([r, g, b], 1).clamp(0, 1)
 
 
-def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: str, settings: dict | None = None,
-                    encoder: Encoder | None = None, device: str = "cpu") -> Generator:
-    """Algorithm 1, for any classifiers and images: train a generator, write it to path.pt and return it.
+# --- Validation (Section 4.2.1); evaluate.py reports with the same functions ----------------------
+@torch.no_grad()
+def protect(generator: nn.Module, images: Tensor) -> Tensor:
+    """What leaves the phone: uint8 images (N, 3, H, W) to protected ones, rounded to 8 bits.
 
-    target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen. `data` is as of
-    load_cifar10: "train" and "validation", uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,), on
-    `device`, as are all networks. `settings` override SETTINGS and DEFAULTS. A trained `encoder` is copied and frozen;
-    without one all of U starts at random; a hardened generator wants one, and HARDENED. The best epoch by validation
-    loss is the generator; path.jsonl is the log, path.png eight validation pictures above its protected versions.
-    After a stop, the same call goes on from the last finished epoch; after the end, it reads the file. Raises
-    FloatingPointError on a loss that is not finite.
+    Raises UserError where the generator gives no number, which 8 bits would hide.
     """
-    on = "cuda" if device.startswith("cuda") else "cpu"
-    settings = (SETTINGS | DEFAULTS[on] | {"precision": choose_precision(device, "fp16")} | (settings or {})
-                | {"start": "encoder" if encoder else "random"})
-    if os.path.exists(f"{path}.pt") and not os.path.exists(f"{path}.checkpoint"):
-        generator, meta = load_generator(f"{path}.pt")
-        check_settings(f"{path}.pt", meta, settings)
-        print(f"{path}.pt is finished (--force, or deleting it, trains it again)")
-        return generator.to(device)
-    precision, weights = settings["precision"], [settings[key] for key in ("w_target", "w_aux", "w_ssim")]
-    (images, labels), (validation, validation_labels), log = data["train"], data["validation"], []
-    for classifier in filter(None, (target, aux)):  # gradients pass through them, nothing in them changes
-        classifier.eval().requires_grad_(False)
-    torch.manual_seed(settings["seed"])
-    generator = Generator(settings["hardened"]).to(device, memory_format=torch.channels_last)  # "Randomly initialize U"
-    if encoder:
+    protected = []
+    for batch in images.split(SCORING_BATCH):
+        output = generator(to_float(batch))
+        if output.isnan().any():
+            raise UserError("the output of the generator is not a number")
+        output = (255 * output).round()
+        protected.append(output.to(torch.uint8))
+    return torch.cat(protected)
+
+
+@torch.no_grad()
+def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None,
+          labels: Tensor, w_target: float = 1.0, w_aux: float = 1.0, w_ssim: float = 0.5) -> dict:
+    """Score protected images against their originals, both uint8 (N, 3, H, W); labels (N,).
+
+    Returns target_accuracy and aux_accuracy in percent (Eq. 5; None without an auxiliary model),
+    the absolute SSIM as ssim (mean, as in Figure 8), ssim_largest and ssim_over_0.1 (percent of
+    images), the up to ten images with the largest as worst (indices), and the loss of Eq. (4).
+    """
+    loss_sum = 0
+    target_correct = 0
+    aux_correct = 0
+    aux_logits = None
+    similarities = []
+    for i in range(0, len(images), SCORING_BATCH):
+        x = to_float(images[i:i + SCORING_BATCH])
+        x_protected = to_float(protected[i:i + SCORING_BATCH])
+        y = labels[i:i + SCORING_BATCH]
+        target_logits = target(x_protected)
+        target_correct += (target_logits.argmax(1) == y).sum().item()
+        if aux is not None:
+            aux_logits = aux(x_protected)
+            aux_correct += (aux_logits.argmax(1) == y).sum().item()
+        similarity = ssim(x, x_protected)
+        similarities.append(similarity.abs())
+        loss = protective_loss(x, x_protected, target_logits, aux_logits, y, w_target, w_aux,
+                               w_ssim)
+        loss_sum += len(y) * loss.total.item()
+    n = len(labels)
+    similarity = torch.cat(similarities)
+    return {
+        "target_accuracy": 100 * target_correct / n,
+        "aux_accuracy": None if aux is None else 100 * aux_correct / n,
+        "ssim": similarity.mean().item(),
+        "ssim_largest": similarity.max().item(),
+        "ssim_over_0.1": 100 * (similarity > 0.1).float().mean().item(),
+        "worst": similarity.topk(min(10, n)).indices.tolist(),
+        "loss": loss_sum / n,
+    }
+
+
+# --- Algorithm 1 ----------------------------------------------------------------------------------
+def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Raise ValueError where these do not belong together: now, not after an epoch."""
+    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+        raise ValueError(f"labels must be {len(images)} int64, not {labels.dtype} {labels.shape}")
+    with torch.no_grad():
+        logits = classifier(to_float(images[:2]))
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ValueError("a classifier must return logits (N, classes), nothing else")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels must be 0 to {logits.shape[1] - 1}, as many as there are logits")
+
+
+def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: str, *,
+                    encoder: Encoder | None = None, hardened: bool = False, epochs: int = 100,
+                    batch_size: int = 256, lr: float = 0.005, weight_decay: float = 0.0005,
+                    w_target: float = 1.0, w_aux: float = 1.0, w_ssim: float = 0.5,
+                    precision: str | None = None, device: str = "cpu", seed: int = 0,
+                    meta: dict | None = None) -> Generator:
+    """Algorithm 1, for any classifiers and images: train a generator and write it to path.pt.
+
+    target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen.
+    `data` is as of load_cifar10: "train" and "validation", each uint8 images (N, 3, H, W), H and W
+    >= 16, and int64 labels (N,). It is on `device`, as are all networks. A trained `encoder` is
+    copied and frozen; without one all of U starts at random, as in the paper. The defaults are
+    those of Section 4.1.3. Precision: "fp16", "bf16" or "fp32", by default 16 bits where fast.
+
+    Returns the best epoch by validation loss (Figure 4), with the settings, its scores and `meta`
+    in the file. path.jsonl is the log; path.png shows eight validation images above what the best
+    epoch makes of them. After a stop, the same call goes on from the last finished epoch.
+    Raises UserError where path.pt exists, where a checkpoint is of other settings, and on a loss
+    that is not finite; ValueError where classifiers and data do not belong together.
+    """
+    if os.path.exists(f"{path}.pt"):
+        raise UserError(f"{path}.pt is finished: delete it to train it again")
+    precision = precision or choose_precision(device, "fp16")
+    weights = (w_target, w_aux, w_ssim)
+    images, labels = data["train"]
+    validation_images, validation_labels = data["validation"]
+    settings = {"start": "random" if encoder is None else "encoder", "hardened": hardened,
+                "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
+                "w_target": w_target, "w_aux": w_aux, "w_ssim": w_ssim, "precision": precision,
+                "seed": seed, "training_images": len(images)}
+    for classifier in (target, aux):
+        if classifier is not None:
+            classifier.eval().requires_grad_(False)  # gradients pass through, nothing changes
+            check_classifier(classifier, images, labels)
+
+    torch.manual_seed(seed)
+    generator = Generator(hardened)  # "Randomly initialize U"
+    generator.to(device, memory_format=torch.channels_last)
+    if encoder is not None:
         generator.unet.encoder.levels.load_state_dict(encoder.levels.state_dict())
         generator.unet.encoder.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in generator.parameters() if p.requires_grad],
-                                  weight_decay=settings["weight_decay"], fused=True)
-    scaler = torch.amp.GradScaler(on, enabled=precision == "fp16")
-    print(f"{path}.png shows, from the first epoch on, what the best does to eight validation pictures")
-    parts = {"generator": generator, "optimizer": optimizer, "scaler": scaler}
-    for epoch, batches in training(path, parts, settings, log, len(images), device):
-        start, terms = time.monotonic(), []
+    parameters = [p for p in generator.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
+    best = None  # what path.pt will hold
+    log = []
+    checkpoint = load_checkpoint(path, settings)
+    if checkpoint is not None:
+        generator.load_state_dict(checkpoint["generator"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        best = checkpoint["best"]
+        log = checkpoint["log"]
+
+    batch_size = min(batch_size, len(images))
+    steps_per_epoch = len(images) // batch_size  # a rest smaller than a batch is dropped
+    steps = epochs * steps_per_epoch
+    for epoch in range(len(log) + 1, epochs + 1):
+        torch.manual_seed(1000 * seed + epoch)  # of its own: a resumed run equals an unbroken one
         generator.train()
-        generator.unet.encoder.train(not encoder)  # frozen: its batch norm statistics too
-        for batch in batches:
-            x, y = to_float(augment(images[batch])), labels[batch]
+        if encoder is not None:
+            generator.unet.encoder.eval()  # frozen: its batch norm statistics too
+        start = time.monotonic()
+        loss_sum = 0
+        order = torch.randperm(len(images), device=device)
+        for i in range(steps_per_epoch):
+            step = (epoch - 1) * steps_per_epoch + i
+            batch = order[i * batch_size:(i + 1) * batch_size]
+            x = to_float(random_crop_flip(images[batch]))
+            y = labels[batch]
             with autocast(device, precision):
-                protected = generator(x)  # delta = U(x), x' = clamp(x + delta); hardened: clamp(mean + delta)
-                arrived = bad_wire(protected) if settings["hardened"] else protected
-                target_logits = target(arrived)
-                aux_logits = aux(arrived) if aux else None
+                protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
+                received = protected
+                if hardened:
+                    received = lossy_channel(protected)
+                target_logits = target(received)
+                aux_logits = None
+                if aux is not None:
+                    aux_logits = aux(received)
             loss = protective_loss(x, protected, target_logits, aux_logits, y, *weights)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
             scaler.scale(loss.total).backward()
             scaler.step(optimizer)  # "Update U to minimize Loss"
             scaler.update()
             optimizer.zero_grad()
-            terms.append(torch.stack(loss).detach())  # stays on the device: nothing waits for a GPU inside an epoch
-        seconds, means = time.monotonic() - start, dict(zip(Loss._fields, torch.stack(terms).mean(0).tolist()))
+            loss_sum += torch.stack(loss).detach()
+            if i % 50 == 49:
+                print(f"{path}  epoch {epoch}/{epochs}  "
+                      f"{progress(start, i + 1, batch_size, steps - step - 1)}", flush=True)
+        seconds = time.monotonic() - start
+
+        train_loss = (loss_sum / steps_per_epoch).tolist()
+        if not math.isfinite(sum(train_loss)):
+            raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr")
+        generator.eval()
         with autocast(device, precision):  # quicker; evaluate.py reports in float32
-            protected = protect(generator.eval(), validation)
-            result = score(validation, protected, target, aux, validation_labels, weights)
-        if not math.isfinite(sum(means.values()) + result["loss"]):
-            raise FloatingPointError(f"the loss is not finite in epoch {epoch}")
-        best = all(result["loss"] < line["validation"]["loss"] for line in log)
-        log.append({"epoch": epoch, "train": means, "validation": result, "seconds": seconds})
-        if best:  # kernels in 16 bits: 15 MB, not 31
-            save_image(torch.cat([validation[:8], protected[:8]]) / 255, f"{path}.png", nrow=8)
-            state = {key: value.half() if value.dim() == 4 else value for key, value in generator.state_dict().items()}
-            save(f"{path}.pt", {"generator": state, "meta": settings | log[-1] | {"hardware": hardware(device)}})
-        save(f"{path}.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
-        aux_words = f"auxiliary {result['aux_accuracy']:.2f}%, " if aux else ""
-        print(f"{path}  epoch {epoch}/{settings['epochs']}  loss {means['total']:.3f}, validation {result['loss']:.3f}"
-              f"{' (best)' * best}: target {result['target_accuracy']:.2f}%, {aux_words}|SSIM| {result['ssim']:.4f}")
-    remove(f"{path}.checkpoint")
-    return load_generator(f"{path}.pt")[0].to(device)
+            protected = protect(generator, validation_images)
+            scores = score(validation_images, protected, target, aux, validation_labels, *weights)
+        log.append({"epoch": epoch, "train": dict(zip(Loss._fields, train_loss)),
+                    "validation": scores, "seconds": seconds})
+        if best is None or scores["loss"] < best["meta"]["validation"]["loss"]:
+            facts = settings | log[-1] | {"hardware": hardware(device)}
+            best = {"generator": halve(generator.state_dict()), "meta": facts | (meta or {})}
+            save_images(f"{path}.png", validation_images[:8], protected[:8])
+        lines = [json.dumps(line) + "\n" for line in log]
+        save(f"{path}.jsonl", "".join(lines).encode())
+        checkpoint = {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
+                      "scaler": scaler.state_dict(), "best": best, "log": log,
+                      "settings": settings}
+        save(f"{path}.checkpoint", checkpoint)
+        print(f"{path}  epoch {epoch}/{epochs}  loss {train_loss[0]:.3f}, {describe(scores)}  "
+              f"{progress(start, i + 1, batch_size, steps - step - 1)}", flush=True)
+
+    save(f"{path}.pt", best)
+    os.remove(f"{path}.checkpoint")
+    print(f"{path}.pt is epoch {best['meta']['epoch']}, the best. Look at {path}.png: "
+          "if you can tell what is on it, the run has failed")
+    generator, _ = load_generator(f"{path}.pt")
+    return generator.to(device)
+
+
+def save_images(path: str, images: Tensor, protected: Tensor) -> None:
+    """A PNG of uint8 images (N, 3, H, W) above their protected versions."""
+    buffer = io.BytesIO()
+    rows = torch.cat([images, protected]) / 255
+    save_image(rows, buffer, nrow=len(images), format="png")
+    save(path, buffer.getvalue())
+
+
+def describe(scores: dict) -> str:
+    """What score() returns, in a line."""
+    words = f"validation {scores['loss']:.3f}: target {scores['target_accuracy']:.2f}%, "
+    if scores["aux_accuracy"] is not None:
+        words += f"auxiliary {scores['aux_accuracy']:.2f}%, "
+    return words + f"|SSIM| {scores['ssim']:.4f}"
 
 
 def load_generator(path: str) -> tuple[Generator, dict]:
-    """A file of train_generator: (generator in eval mode on the CPU, its settings and scores). Raises UserError."""
-    meta = load(path).get("meta", {})
-    if "hardened" not in meta:
-        raise UserError(f"{path} does not say which form of generator it holds: train it with train.py")
+    """A file of train_generator: (generator in eval mode on the CPU, its settings and scores).
+
+    Raises UserError where it is something else.
+    """
+    content = load(path)
+    meta = content.get("meta", {})
+    if "generator" not in content or "hardened" not in meta:
+        raise UserError(f"{path} holds no generator: train one with train.py")
     generator = Generator(meta["hardened"])
-    load(path, generator, "generator")
+    load_weights(generator, content["generator"], path)
     return generator.eval(), meta
 
 
-# --- The command ------------------------------------------------------------------------------------------------------
-def fingerprint(name: str) -> str | None:
-    """The start of the SHA-256 of a classifier's file: by it a generator knows what it was trained with."""
-    path = find_classifier(name)
-    return path and hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+# --- The command ----------------------------------------------------------------------------------
+# What is not asked for. Random is the paper's start (Section 4.1.3); from a trained encoder minutes
+# are enough. The bottleneck of a hardened generator hides by itself, and at weight 1 the boundless
+# -CE(aux) cost the target whole classes.
+DEFAULTS = {
+    "random": {"epochs": 100, "batch_size": 256, "w_aux": 1.0},
+    "encoder": {"epochs": 4, "batch_size": 64, "w_aux": 1.0},
+    "hardened": {"epochs": 1, "batch_size": 64, "w_aux": 0.1},
+}
 
 
-def arguments() -> argparse.Namespace:
-    """The command line, understood; `pairs` is what it asks for: path of a generator (no ending) to (target, aux)."""
-    parser = argparse.ArgumentParser(description="Train protective perturbation generators (Algorithm 1): one for each "
-                                                 "combination of --target and --aux, finished ones skipped.")
-    option, here = parser.add_argument, DEFAULTS["cuda" if torch.cuda.is_available() else "cpu"]
-    option("--target", nargs="+", required=True, choices=[*CLASSIFIERS, "all"], metavar="NAME",
-           help=f"the recognition service: {', '.join(CLASSIFIERS)}, or all")
-    option("--aux", nargs="+", required=True, choices=[*CLASSIFIERS, "none", "all"], metavar="NAME",
-           help="the auxiliary model: the same names, none, or all (without none)")
+def describe_default(name: str) -> str:
+    values = [f"{row[name]} {kind}" for kind, row in DEFAULTS.items()]
+    return f"(default: {', '.join(values)})"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train generators (Algorithm 1): one for each combination of --target and "
+                    "--aux, finished ones skipped.")
+    parser.add_argument("--target", nargs="+", required=True, metavar="NAME",
+                        choices=[*CLASSIFIERS, "all"],
+                        help=f"the recognition service: {', '.join(CLASSIFIERS)}, or all")
+    parser.add_argument("--aux", nargs="+", required=True, metavar="NAME",
+                        choices=[*CLASSIFIERS, "none", "all"],
+                        help="the auxiliary model: the same names, none, or all (without none)")
+    parser.add_argument("--start", choices=["encoder", "random"],
+                        help="a frozen encoder that recognises, or nothing, as in the paper "
+                             "(default: encoder on a CPU and with --hardened, else random)")
+    parser.add_argument("--hardened", action="store_true",
+                        help="paint from the bottleneck alone, train over a lossy channel")
+    parser.add_argument("--epochs", type=positive_int, help=describe_default("epochs"))
+    parser.add_argument("--batch-size", type=positive_int, help=describe_default("batch_size"))
+    parser.add_argument("--w-aux", type=float, help=describe_default("w_aux"))
+    parser.add_argument("--w-target", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--w-ssim", type=float, default=0.5, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float,
+                        help="the highest (default: 0.005; googlenet with vgg13_bn 0.001)")
+    parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"],
+                        help="(default: 16 bits where they are fast)")
+    parser.add_argument("--limit", type=positive_int,
+                        help="a quick look: only the first LIMIT images of each split")
+    parser.add_argument("--out", default="runs", metavar="FOLDER",
+                        help="where generators go (default: %(default)s)")
     add_common_arguments(parser)
-    option("--start", choices=("encoder", "random"), help="a frozen encoder that recognises, or nothing, as in the "
-                                                          f"paper (default here: {here['start']})")
-    option("--hardened", action="store_true", help="paint from the encoder's last map alone, train over a bad wire; "
-           "defaults: " + ", ".join(f"{key} {value}" for key, value in HARDENED.items() if key != "hardened"))
-    option("--epochs", type=number(int, 1), help=f"(default here: {here['epochs']})")
-    option("--batch-size", type=number(int, 2), help=f"(default here: {here['batch_size']})")
-    option("--precision", choices=("fp16", "bf16", "fp32"), help="(default: 16 bits where they are fast)")
-    option("--lr", type=number(float, 1e-9), help="the highest (default: 0.005; googlenet with vgg13_bn: 0.001)")
-    for term in "target", "aux", "ssim":
-        option(f"--w-{term}", type=number(float, 0),
-               help=f"weight of this term in Eq. (4) (default: {SETTINGS[f'w_{term}']})")
-    option("--limit", type=number(int, 2), help="use the first LIMIT images of each split only (default: all)")
-    option("--out", type=folder, default="runs", metavar="FOLDER", help="where generators go (default: %(default)s)")
-    option("--force", action="store_true", help="train again what is finished, start over what is not")
     args = parser.parse_args()
-    default = DEFAULTS["cuda" if args.device.startswith("cuda") else "cpu"]["start"]
-    args.start = args.start or ("encoder" if args.hardened else default)
-    args.pairs = {f"{args.out}/generator-{target}-{aux}{'-hardened' * args.hardened}": (target, aux)
-                  for target in CLASSIFIERS for aux in (*CLASSIFIERS, "none")
-                  if target != aux and {target, "all"} & {*args.target}
-                  and (aux in args.aux or aux != "none" and "all" in args.aux)}
-    if not args.pairs:
-        parser.error("a target is never its own auxiliary: name another one, or use --aux none")
+    if args.start is None:
+        args.start = "encoder" if args.hardened or args.device == "cpu" else "random"
+    row = DEFAULTS["hardened" if args.hardened else args.start]
+    for name, value in row.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
-def train_pair(path: str, args: argparse.Namespace, data: dict) -> None:
-    """Train the generator at `path`, one of args.pairs, with the settings asked for and else the defaults."""
-    target, aux = args.pairs[path]
-    asked = "epochs", "batch_size", "precision", "lr", "w_target", "w_aux", "w_ssim", "seed"
-    settings = {"lr": 0.001} if (target, aux) == ("googlenet", "vgg13_bn") else {}  # Section 4.1.3
-    settings |= HARDENED if args.hardened else {}
-    settings |= {key: getattr(args, key) for key in asked if getattr(args, key) is not None}
-    names = {"target": target, "aux": aux, "encoder": "encoder" if args.start == "encoder" else "none"}
-    networks = {role: load_classifier(name, args.device) for role, name in names.items() if name != "none"}
-    settings |= {"target": target, "aux": aux, "limit": args.limit} | {
-        f"{role}_sha256": fingerprint(names[role]) for role in networks}
-    few = {part: (images[:args.limit], labels[:args.limit]) for part, (images, labels) in data.items()}
-    try:
-        train_generator(networks["target"], networks.get("aux"), few, path, settings, networks.get("encoder"),
-                        args.device)
-    except FloatingPointError as error:  # names the pair, so that nobody adds --force to --target all
-        raise UserError(f"{error}: try --target {target} --aux {aux}{' --hardened' * args.hardened} --force with a "
-                        "lower --lr") from error
+def choose_pairs(targets: list[str], auxes: list[str]) -> list[tuple[str, str]]:
+    """Every (target, auxiliary) of the names asked for, "all" understood; none is its own."""
+    pairs = []
+    for target in CLASSIFIERS:
+        for aux in (*CLASSIFIERS, "none"):
+            target_asked = target in targets or "all" in targets
+            aux_asked = aux in auxes or ("all" in auxes and aux != "none")
+            if target_asked and aux_asked and target != aux:
+                pairs.append((target, aux))
+    if not pairs:
+        raise UserError("a target is never its own auxiliary model: name another, or --aux none")
+    return pairs
 
 
 def main() -> None:
-    args = arguments()
-    if args.world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-    barrier = dist.barrier if args.world > 1 else lambda: None
-    data = load_cifar10(args.data, args.device)
-    if args.force and args.rank == 0:  # all now: after an interruption the command without --force does the rest
-        remove(*(f"{path}.{ending}" for path in args.pairs for ending in ("pt", "jsonl", "png", "checkpoint")))
-    needed = {args.start, *sum(args.pairs.values(), ())} - {"random", "none"}
-    missing = sorted(name for name in needed if not find_classifier(name))
-    barrier()  # all have looked
-    if mine := missing[args.rank::args.world]:
-        print(f"trained first (on a CPU hours), since neither in runs/ nor in weights/: {', '.join(mine)}")
-    with contextlib.suppress(UserError):  # said already; what needs it fails below
-        each(mine, lambda name: train_classifier(name, data, args.device, seed=args.seed))
-    barrier()
-    paths = random.Random(0).sample(sorted(args.pairs), len(args.pairs))  # no rank gets all of the costliest auxiliary
-    try:
-        each(paths[args.rank::args.world], lambda path: train_pair(path, args, data))
-    finally:
-        barrier()  # torchrun ends all ranks when one fails
+    args = parse_arguments()
+    device = args.device
+    pairs = choose_pairs(args.target, args.aux)
+    if "RANK" in os.environ:  # under torchrun: every process has its share and its own GPU
+        pairs = pairs[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])]
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    data = load_cifar10(args.data, device)
+    for split, (images, labels) in data.items():
+        data[split] = images[:args.limit], labels[:args.limit]
+    encoder = None
+    if args.start == "encoder":
+        encoder = load_classifier("encoder", device).net
+        print("U starts from the trained encoder, frozen (--start random: as in the paper)")
+    classifiers = {"none": None}
+    for name in {name for pair in pairs for name in pair} - {"none"}:  # said now if one is missing
+        classifiers[name] = load_classifier(name, device)
+
+    failed = 0
+    for target, aux in pairs:
+        path = f"{args.out}/generator-{target}-{aux}"
+        if args.hardened:
+            path += "-hardened"
+        if os.path.exists(f"{path}.pt"):
+            print(f"{path}.pt is finished: delete it to train it again")
+            continue
+        lr = args.lr or 0.005
+        if args.lr is None and (target, aux) == ("googlenet", "vgg13_bn"):
+            lr = 0.001  # Section 4.1.3
+        meta = {"target": target, "aux": aux, "limit": args.limit,
+                "clean_target_accuracy": accuracy(classifiers[target], *data["test"])}
+        try:
+            train_generator(
+                classifiers[target], classifiers[aux], data, path, encoder=encoder,
+                hardened=args.hardened, epochs=args.epochs, batch_size=args.batch_size, lr=lr,
+                w_target=args.w_target, w_aux=args.w_aux, w_ssim=args.w_ssim,
+                precision=args.precision, device=device, seed=args.seed, meta=meta)
+        except UserError as error:  # a pair that diverges does not cost the others their night
+            print(f"error: {error}", flush=True)
+            failed += 1
+    if failed:
+        raise UserError(f"{failed} of {len(pairs)} generators failed, see above")
 
 
 if __name__ == "__main__":
-    with command():
-        main()
+    run(main)

@@ -1,79 +1,110 @@
-"""The U-Net of the paper (Section 3.2) and the protective perturbation generator around it (Figure 3).
+"""The U-Net of the paper (Section 3.2) and the protective perturbation generator (Figure 3).
 
     protected = clamp(x + delta),  delta = U(x)
 
-One forward pass of a fully convolutional network: the cost does not depend on the target classifier, and the same
-7,766,051 weights take a picture of any size from 16 x 16 up (Section 4.3.1), but hide at the size trained for.
+One forward pass of a fully convolutional network: the cost does not depend on the target
+classifier, and the same 7,766,051 weights take an image of any size from 16 x 16 up
+(Section 4.3.1). They hide it at the size that they were trained for.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTHS = (32, 64, 128, 256, 512)
 MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training images, RGB in [0, 1]
 STD = (0.2471, 0.2435, 0.2616)
+BOTTLENECK = 512  # channels of the encoder's last feature map
 
 
 def double_conv(c_in: int, c_out: int) -> nn.Sequential:
-    """Two 3 x 3 convolutions, each with batch norm and leaky ReLU: one level of the U-Net."""
+    """One level of the U-Net: two 3 x 3 convolutions, each with batch norm and leaky ReLU."""
     return nn.Sequential(
-        nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True),
-        nn.Conv2d(c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2, inplace=True))
+        nn.Conv2d(c_in, c_out, 3, padding=1),
+        nn.BatchNorm2d(c_out),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(c_out, c_out, 3, padding=1),
+        nn.BatchNorm2d(c_out),
+        nn.LeakyReLU(0.2, inplace=True),
+    )
 
 
 class Encoder(nn.Module):
-    """The contracting path, which understands the picture: normalised image (N, 3, H, W) to five feature maps.
+    """The contracting path: normalised images (N, 3, H, W) to five feature maps.
 
-    The maps go from (N, 32, H, W) down to (N, 512, H / 16, W / 16), the bottleneck; H and W are multiples of 16.
+    H and W are multiples of 16. The maps go from (N, 32, H, W) down to (N, 512, H / 16, W / 16),
+    the bottleneck.
     """
 
     def __init__(self):
         super().__init__()
-        self.levels = nn.ModuleList(double_conv(c_in, c_out) for c_in, c_out in zip((3, *WIDTHS), WIDTHS))
+        self.levels = nn.ModuleList([
+            double_conv(3, 32),
+            double_conv(32, 64),
+            double_conv(64, 128),
+            double_conv(128, 256),
+            double_conv(256, BOTTLENECK),
+        ])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = [self.levels[0](x)]
+        x = self.levels[0](x)
+        maps = [x]
         for level in self.levels[1:]:
-            maps.append(level(F.max_pool2d(maps[-1], 2)))
+            x = F.max_pool2d(x, 2)
+            x = level(x)
+            maps.append(x)
         return maps
 
 
 class UNet(nn.Module):
-    """U(.) of Figure 3: normalised image (N, 3, H, W), H and W multiples of 16, to delta of the same shape.
+    """U(.) of Figure 3: normalised images (N, 3, H, W) to delta, of the same shape, unbounded.
 
-    Delta is unbounded and in the units of the normalised image. Without `skips` it is painted from the bottleneck
-    alone. Source: Ronneberger et al. 2015, the paper's [39].
+    H and W are multiples of 16; delta is in the units of the normalised image. Without `skips` the
+    skip connections give zeros: delta is painted from the bottleneck alone.
+    Source: Ronneberger et al. 2015, the paper's [39].
     """
 
     def __init__(self, skips: bool = True):
         super().__init__()
         self.skips = skips
-        upwards = [(WIDTHS[i + 1], WIDTHS[i]) for i in reversed(range(4))]  # 512 to 256 channels, ..., 64 to 32
         self.encoder = Encoder()
-        self.up = nn.ModuleList(nn.ConvTranspose2d(c_in, c_out, 2, stride=2) for c_in, c_out in upwards)
-        self.merge = nn.ModuleList(double_conv(c_in, c_out) for c_in, c_out in upwards)
-        self.exit = nn.Conv2d(WIDTHS[0], 3, 1)
+        self.up = nn.ModuleList([
+            nn.ConvTranspose2d(BOTTLENECK, 256, 2, stride=2),
+            nn.ConvTranspose2d(256, 128, 2, stride=2),
+            nn.ConvTranspose2d(128, 64, 2, stride=2),
+            nn.ConvTranspose2d(64, 32, 2, stride=2),
+        ])
+        self.merge = nn.ModuleList([
+            double_conv(256 + 256, 256),
+            double_conv(128 + 128, 128),
+            double_conv(64 + 64, 64),
+            double_conv(32 + 32, 32),
+        ])
+        self.exit = nn.Conv2d(32, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.encoder(x)
         x = maps.pop()
         for up, merge in zip(self.up, self.merge):
             skip = maps.pop()
-            x = merge(torch.cat([skip if self.skips else torch.zeros_like(skip), up(x)], 1))
+            if not self.skips:
+                skip = torch.zeros_like(skip)
+            x = up(x)
+            x = torch.cat([skip, x], dim=1)
+            x = merge(x)
         return self.exit(x)
 
 
 class Generator(nn.Module):
-    """The protective perturbation generator: image to protected image, both (N, 3, H, W) RGB in [0, 1], H and W >= 16.
+    """The protective perturbation generator: what the phone computes before anything leaves it.
 
-    The U-Net works on the normalised image, so its delta is scaled back by the standard deviation. Where H or W is not
-    a multiple of 16 the picture is padded to the next one by mirroring, and delta is cropped. Raises ValueError on any
-    other shape. Source: Section 3.2, Figure 3.
+    Images to protected images, both (N, 3, H, W) float32 RGB in [0, 1], H and W >= 16. The U-Net
+    works on the normalised image, so its delta is scaled back by the standard deviation. Where H or
+    W is not a multiple of 16, the image is padded by mirroring and delta is cropped.
+    Raises ValueError on any other shape.
 
-    `hardened` is not the paper's: protected = clamp(mean + std * U), without skips and without x, since what is not in
-    the bottleneck cannot leak to someone who trains a network to undo this one. The weights of both forms have the same
-    names and shapes: train.load_generator knows which form a file holds.
+    The hardened form goes beyond the paper: x is not added and the skips give zeros, so only the
+    bottleneck, 512 x H/16 x W/16 numbers made for recognising, reaches the protected image.
+    Both forms have the same weights, by name and shape; train.load_generator knows a file's form.
     """
 
     def __init__(self, hardened: bool = False):
@@ -85,10 +116,16 @@ class Generator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] < 16 or x.shape[3] < 16:
-            raise ValueError(f"the generator takes (N, 3, H, W) images with H and W >= 16, got {x.shape}")
+            raise ValueError(f"images must be (N, 3, H, W) with H and W >= 16, got {x.shape}")
         h, w = x.shape[2], x.shape[3]
         z = (x - self.mean) / self.std
         if h % 16 != 0 or w % 16 != 0:
             z = F.pad(z, [0, -w % 16, 0, -h % 16], mode="reflect")
-        delta = self.std * self.unet(z)[:, :, :h, :w].float()  # float32 again if the U-Net ran under autocast
-        return ((self.mean if self.hardened else x) + delta).clamp(0.0, 1.0)
+        delta = self.unet(z)
+        delta = delta[:, :, :h, :w].float()  # float32 again if the U-Net ran under autocast
+        delta = self.std * delta
+        if self.hardened:
+            protected = self.mean + delta
+        else:
+            protected = x + delta
+        return protected.clamp(0.0, 1.0)
