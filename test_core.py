@@ -611,7 +611,7 @@ def test_interrupt_is_one_line(workplace):
     process = start("train", *PAIR, "--epochs", "50", "--start", "random")
     error = stop_after("epoch 1/50", process, signal.SIGINT)
     assert process.returncode == 130
-    assert error.strip() == "stopped: the same command goes on from what is finished"
+    assert error.strip() == "stopped: a training goes on with the same command"
 
 
 # --- evaluate.py ----------------------------------------------------------------------------------
@@ -901,12 +901,13 @@ def test_demo_end_to_end(workplace, monkeypatch, service):
     write_generator(f"runs/{NAME}.pt", make_generator(), target="mobilenet_v2", aux="none")
     for words in ([], ["--connect", f"127.0.0.1:{service}"]):
         assert call(monkeypatch, export_mobile, "--demo", "--images", "10", *words) == 0
-        report = json.loads(Path(f"runs/{NAME}.demo.json").read_text())
+        report = json.loads(Path(f"runs/{NAME}.ptl.json").read_text())
         assert report["images"] == 10
-        scored = report["accuracy by evaluate.py's scoring"]
-        assert report["accuracy through phone, network and service"] == pytest.approx(scored)
-        assert all(ms > 0 for ms in report["ms an image, medians"].values())
+        correct = report["demo"]["accuracy through phone, network and service"]
+        assert correct == pytest.approx(report["accuracy through the generator"])
+        assert all(ms > 0 for ms in report["demo"]["median ms an image"].values())
         os.remove(f"runs/{NAME}.demo.png")
+    assert call(monkeypatch, export_mobile, "--demo", "--connect", "localhost") == 2  # argparse's
     line = call(monkeypatch, export_mobile, "--demo", "--images", "2", "--connect", "127.0.0.1:9")
     assert "no answer from 127.0.0.1:9" in line
 

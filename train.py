@@ -6,7 +6,6 @@
 """
 
 import argparse
-import io
 import json
 import math
 import os
@@ -16,12 +15,13 @@ from collections import namedtuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import save_image
+from torchvision.io import encode_png
+from torchvision.utils import make_grid
 
 from classifiers import (CLASSIFIERS, SCORING_BATCH, UserError, accuracy, add_common_arguments,
                          autocast, choose_precision, halve, hardware, learning_rate, load,
                          load_checkpoint, load_cifar10, load_classifier, load_weights, positive_int,
-                         progress, random_crop_flip, run, save, to_float)
+                         print_progress, random_crop_flip, run, save, to_float)
 from ssim import ssim
 from unet import Encoder, Generator
 
@@ -51,19 +51,19 @@ def lossy_channel(protected: Tensor) -> Tensor:
     """What reaches the classifiers while a hardened generator is trained: (N, 3, H, W) in [0, 1].
 
     Noise always, and for half of the batches, drawn at random, colour at half resolution, as in
-    nearly every JPEG file (4:2:0; JFIF's luminance y and colour differences). Not in the paper.
+    nearly every JPEG file (4:2:0; JFIF's luma and colour differences). Not in the paper.
     """
     noise = torch.randn_like(protected)
     noisy = (protected + 0.1 * noise).clamp(0, 1)
     if torch.rand(()) < 0.5:
         return noisy
     r, g, b = noisy.unbind(1)
-    y = 0.299 * r + 0.587 * g + 0.114 * b
-    colour = torch.stack([r - y, b - y], 1)
+    luma = 0.299 * r + 0.587 * g + 0.114 * b
+    colour = torch.stack([r - luma, b - luma], 1)
     colour = F.avg_pool2d(colour, 2, ceil_mode=True)
     colour = F.interpolate(colour, noisy.shape[2:], mode="bilinear")
-    r, b = (colour + y[:, None]).unbind(1)
-    g = (y - 0.299 * r - 0.114 * b) / 0.587
+    r, b = (colour + luma[:, None]).unbind(1)
+    g = (luma - 0.299 * r - 0.114 * b) / 0.587
     return torch.stack([r, g, b], 1).clamp(0, 1)
 
 
@@ -72,13 +72,13 @@ def lossy_channel(protected: Tensor) -> Tensor:
 def protect(generator: nn.Module, images: Tensor) -> Tensor:
     """What leaves the phone: uint8 images (N, 3, H, W) to protected ones, rounded to 8 bits.
 
-    Raises UserError where the generator gives no number, which 8 bits would hide.
+    Raises UserError where the network gives no number, which 8 bits would hide.
     """
     protected = []
     for batch in images.split(SCORING_BATCH):
         output = generator(to_float(batch))
         if output.isnan().any():
-            raise UserError("the output of the generator is not a number")
+            raise UserError("the output of the network is not a number")
         output = (255 * output).round()
         protected.append(output.to(torch.uint8))
     return torch.cat(protected)
@@ -86,12 +86,13 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None,
-          labels: Tensor, w_target: float = 1.0, w_aux: float = 1.0, w_ssim: float = 0.5) -> dict:
+          labels: Tensor, weights: tuple = (1.0, 1.0, 0.5)) -> dict:
     """Score protected images against their originals, both uint8 (N, 3, H, W); labels (N,).
 
     Returns target_accuracy and aux_accuracy in percent (Eq. 5; None without an auxiliary model),
     the absolute SSIM as ssim (mean, as in Figure 8), ssim_largest and ssim_over_0.1 (percent of
-    images), the up to ten images with the largest as worst (indices), and the loss of Eq. (4).
+    images), the up to ten images with the largest as worst (indices), and the loss of Eq. (4) with
+    these weights.
     """
     loss_sum = 0
     target_correct = 0
@@ -107,15 +108,13 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
         if aux is not None:
             aux_logits = aux(x_protected)
             aux_correct += (aux_logits.argmax(1) == y).sum().item()
-        similarity = ssim(x, x_protected)
-        similarities.append(similarity.abs())
-        loss = protective_loss(x, x_protected, target_logits, aux_logits, y, w_target, w_aux,
-                               w_ssim)
+        similarities.append(ssim(x, x_protected).abs())
+        loss = protective_loss(x, x_protected, target_logits, aux_logits, y, *weights)
         loss_sum += len(y) * loss.total.item()
     n = len(labels)
     similarity = torch.cat(similarities)
     return {
-        "target_accuracy": 100 * target_correct / n,
+        "target_accuracy": 100 * target_correct / n,  # Eq. (5)
         "aux_accuracy": None if aux is None else 100 * aux_correct / n,
         "ssim": similarity.mean().item(),
         "ssim_largest": similarity.max().item(),
@@ -152,11 +151,12 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     copied and frozen; without one all of U starts at random, as in the paper. The defaults are
     those of Section 4.1.3. Precision: "fp16", "bf16" or "fp32", by default 16 bits where fast.
 
-    Returns the best epoch by validation loss (Figure 4), with the settings, its scores and `meta`
-    in the file. path.jsonl is the log; path.png shows eight validation images above what the best
-    epoch makes of them. After a stop, the same call goes on from the last finished epoch.
-    Raises UserError where path.pt exists, where a checkpoint is of other settings, and on a loss
-    that is not finite; ValueError where classifiers and data do not belong together.
+    Returns the best epoch by validation loss (Figure 4), its kernels rounded to 16 bits; in the
+    file are the settings, its scores and `meta` too. path.jsonl is the log; path.png shows eight
+    validation images above what the best epoch makes of them. After a stop, the same call goes on
+    from the last finished epoch. Raises UserError where path.pt exists, where a checkpoint is of
+    other settings, and on a loss that is not finite; ValueError where classifiers and data do not
+    belong together.
     """
     if os.path.exists(f"{path}.pt"):
         raise UserError(f"{path}.pt is finished: delete it to train it again")
@@ -217,6 +217,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
                 aux_logits = None
                 if aux is not None:
                     aux_logits = aux(received)
+            # What leaves the phone is to hide; what arrives is to be recognised.
             loss = protective_loss(x, protected, target_logits, aux_logits, y, *weights)
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
             scaler.scale(loss.total).backward()
@@ -225,31 +226,37 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
             optimizer.zero_grad()
             loss_sum += torch.stack(loss).detach()
             if i % 50 == 49:
-                print(f"{path}  epoch {epoch}/{epochs}  "
-                      f"{progress(start, i + 1, batch_size, steps - step - 1)}", flush=True)
+                print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
         seconds = time.monotonic() - start
 
-        train_loss = (loss_sum / steps_per_epoch).tolist()
-        if not math.isfinite(sum(train_loss)):
-            raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr")
+        train_loss = Loss(*(loss_sum / steps_per_epoch).tolist())
         generator.eval()
         with autocast(device, precision):  # quicker; evaluate.py reports in float32
             protected = protect(generator, validation_images)
-            scores = score(validation_images, protected, target, aux, validation_labels, *weights)
-        log.append({"epoch": epoch, "train": dict(zip(Loss._fields, train_loss)),
-                    "validation": scores, "seconds": seconds})
+            scores = score(validation_images, protected, target, aux, validation_labels, weights)
+        if not math.isfinite(train_loss.total + scores["loss"]):
+            raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr "
+                            "or --precision fp32, and delete its .checkpoint")
+        log.append({"epoch": epoch, "train": train_loss._asdict(), "validation": scores,
+                    "seconds": seconds})
         if best is None or scores["loss"] < best["meta"]["validation"]["loss"]:
             facts = settings | log[-1] | {"hardware": hardware(device)}
             best = {"generator": halve(generator.state_dict()), "meta": facts | (meta or {})}
-            save_images(f"{path}.png", validation_images[:8], protected[:8])
+            shown = torch.cat([validation_images[:8], protected[:8]])
+            grid = make_grid(shown, nrow=len(shown) // 2)
+            save(f"{path}.png", encode_png(grid.cpu()).numpy().tobytes())
         lines = [json.dumps(line) + "\n" for line in log]
         save(f"{path}.jsonl", "".join(lines).encode())
         checkpoint = {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
                       "scaler": scaler.state_dict(), "best": best, "log": log,
                       "settings": settings}
         save(f"{path}.checkpoint", checkpoint)
-        print(f"{path}  epoch {epoch}/{epochs}  loss {train_loss[0]:.3f}, {describe(scores)}  "
-              f"{progress(start, i + 1, batch_size, steps - step - 1)}", flush=True)
+        aux_words = ""
+        if aux is not None:
+            aux_words = f"auxiliary {scores['aux_accuracy']:.2f}%, "
+        print(f"{path}  epoch {epoch}/{epochs}  loss {train_loss.total:.3f}, validation "
+              f"{scores['loss']:.3f}: target {scores['target_accuracy']:.2f}%, {aux_words}"
+              f"|SSIM| {scores['ssim']:.4f}", flush=True)
 
     save(f"{path}.pt", best)
     os.remove(f"{path}.checkpoint")
@@ -257,22 +264,6 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
           "if you can tell what is on it, the run has failed")
     generator, _ = load_generator(f"{path}.pt")
     return generator.to(device)
-
-
-def save_images(path: str, images: Tensor, protected: Tensor) -> None:
-    """A PNG of uint8 images (N, 3, H, W) above their protected versions."""
-    buffer = io.BytesIO()
-    rows = torch.cat([images, protected]) / 255
-    save_image(rows, buffer, nrow=len(images), format="png")
-    save(path, buffer.getvalue())
-
-
-def describe(scores: dict) -> str:
-    """What score() returns, in a line."""
-    words = f"validation {scores['loss']:.3f}: target {scores['target_accuracy']:.2f}%, "
-    if scores["aux_accuracy"] is not None:
-        words += f"auxiliary {scores['aux_accuracy']:.2f}%, "
-    return words + f"|SSIM| {scores['ssim']:.4f}"
 
 
 def load_generator(path: str) -> tuple[Generator, dict]:
@@ -374,8 +365,9 @@ def main() -> None:
         encoder = load_classifier("encoder", device).net
         print("U starts from the trained encoder, frozen (--start random: as in the paper)")
     classifiers = {"none": None}
-    for name in {name for pair in pairs for name in pair} - {"none"}:  # said now if one is missing
-        classifiers[name] = load_classifier(name, device)
+    for name in CLASSIFIERS:
+        if any(name in pair for pair in pairs):
+            classifiers[name] = load_classifier(name, device)  # said now if one is missing
 
     failed = 0
     for target, aux in pairs:
@@ -396,7 +388,7 @@ def main() -> None:
                 hardened=args.hardened, epochs=args.epochs, batch_size=args.batch_size, lr=lr,
                 w_target=args.w_target, w_aux=args.w_aux, w_ssim=args.w_ssim,
                 precision=args.precision, device=device, seed=args.seed, meta=meta)
-        except UserError as error:  # a pair that diverges does not cost the others their night
+        except UserError as error:  # one that diverges does not stop the others
             print(f"error: {error}", flush=True)
             failed += 1
     if failed:

@@ -120,10 +120,10 @@ class Generator(nn.Module):
         h, w = x.shape[2], x.shape[3]
         z = (x - self.mean) / self.std
         if h % 16 != 0 or w % 16 != 0:
-            z = F.pad(z, [0, -w % 16, 0, -h % 16], mode="reflect")
+            z = F.pad(z, [0, -w % 16, 0, -h % 16], mode="reflect")  # right and below, to the next
         delta = self.unet(z)
-        delta = delta[:, :, :h, :w].float()  # float32 again if the U-Net ran under autocast
-        delta = self.std * delta
+        delta = delta[:, :, :h, :w]
+        delta = self.std * delta.float()  # float32 again if the U-Net ran under autocast
         if self.hardened:
             protected = self.mean + delta
         else:
