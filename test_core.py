@@ -325,16 +325,6 @@ def test_classifier_is_that_of_table_1_and_takes_the_papers_files(name, workplac
     assert torch.equal(load_classifier(name)(x), logits)
 
 
-def test_accuracy_is_equation_5(workplace, data):
-    model = load_classifier("resnet18")
-    images, labels = data["test"][0][:700], data["test"][1][:700]
-    correct = 0
-    with torch.no_grad():
-        for image, label in zip(images, labels):
-            correct += model(image[None] / 255).argmax().item() == label.item()
-    assert accuracy(model, images, labels) == pytest.approx(100 * correct / 700, abs=0.3)
-
-
 def test_learning_rate_warms_up_and_ends_at_zero():
     rates = [learning_rate(step, 1000, 0.005) for step in range(1000)]
     assert 0 < rates[0] < 1e-4
@@ -427,6 +417,7 @@ def test_score_is_the_direct_computation(workplace, few):
         "ssim_largest": similarity.abs().max().item(),
         "ssim_over_0.1": 5 * (similarity.abs() > 0.1).sum().item(),
         "loss": entropy - aux_entropy + 0.5 * similarity.mean().item()}, abs=1e-3)
+    assert accuracy(target, protect(generator, images), labels) == result["target_accuracy"]
     alone = score(images, protect(generator, images), target, None, labels)
     assert alone["aux_accuracy"] is None
     assert alone["loss"] == pytest.approx(result["loss"] + aux_entropy, abs=1e-3)
@@ -454,15 +445,9 @@ def test_lossy_channel_is_noise_and_the_colour_of_a_jpeg():
     assert halved == {False, True}
 
 
-class Service(nn.Module):
+def make_service():
     """A classifier of one's own: images of 40 x 48, seven classes."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(90, 7))
-
-    def forward(self, x):
-        return self.net(x)
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(90, 7))
 
 
 @pytest.fixture
@@ -475,7 +460,7 @@ def own():
 
 
 def test_a_classifier_of_ones_own(tmp_path, own):
-    service = Service()
+    service = make_service()
     before = [parameter.clone() for parameter in service.parameters()]
     path = str(tmp_path / "mine")
     generator = train_generator(service, None, own, path, epochs=3, batch_size=16)
@@ -487,9 +472,9 @@ def test_a_classifier_of_ones_own(tmp_path, own):
     assert protect(generator, own["train"][0][:3]).shape == (3, 3, 40, 48)
     assert all(map(torch.equal, before, service.parameters()))
     with Image.open(f"{path}.png") as image:  # eight images above their protected versions
-        assert image.size == (8 * 50 + 2, 2 * 42 + 2)
+        assert image.size == (8 * (2 * 48 + 2) + 2, 2 * (2 * 40 + 2) + 2)  # twice as large
     with pytest.raises(UserError, match="mine.pt is finished"):  # never an answer to another call
-        train_generator(Service(), None, own, path, epochs=3)
+        train_generator(make_service(), None, own, path, epochs=3)
     with pytest.raises(TypeError, match="epoch"):
         train_generator(service, None, own, path + "2", epoch=3)
 
@@ -501,9 +486,9 @@ def test_what_does_not_belong_together_is_refused_before_the_first_step(tmp_path
     two = nn.Module()
     two.forward = lambda x: (x, x)
     for classifier, train_split, words in (
-            (Service(), (floats, labels), "must be uint8"),
-            (Service(), (images, F.one_hot(labels)), "labels must be 98 int64"),
-            (Service(), (images, labels + 1), "labels must be 0 to 6"),
+            (make_service(), (floats, labels), "must be torch.uint8"),
+            (make_service(), (images, F.one_hot(labels)), "labels must be torch.int64 .98,."),
+            (make_service(), (images, labels + 1), "labels must be 0 to 6"),
             (two, (images, labels), "must return logits")):
         with pytest.raises(ValueError, match=words):
             data = {"train": train_split, "validation": own["validation"]}
@@ -521,14 +506,14 @@ def test_the_best_epoch_travels_in_the_checkpoint(tmp_path, own, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save", stop)
-        train_generator(Service(), None, own, str(tmp_path / "first"), epochs=2, batch_size=16)
+        train_generator(make_service(), None, own, str(tmp_path / "first"), epochs=2, batch_size=16)
     checkpoint = torch.load(tmp_path / "first.checkpoint")
     checkpoint["best"]["meta"]["validation"]["loss"] = -1e9
     torch.save(checkpoint, tmp_path / "moved.checkpoint")
-    train_generator(Service(), None, own, str(tmp_path / "moved"), epochs=2, batch_size=16)
+    train_generator(make_service(), None, own, str(tmp_path / "moved"), epochs=2, batch_size=16)
     assert load_generator(str(tmp_path / "moved.pt"))[1]["epoch"] == 1
     with pytest.raises(UserError, match="first.checkpoint has epochs 2, not 3"):
-        train_generator(Service(), None, own, str(tmp_path / "first"), epochs=3, batch_size=16)
+        train_generator(make_service(), None, own, str(tmp_path / "first"), epochs=3, batch_size=16)
 
 
 @pytest.mark.parametrize("form", [["--start", "random"], ["--start", "encoder"], ["--hardened"]])
@@ -564,11 +549,12 @@ def test_several_pairs_finished_ones_skipped_diverged_ones_named(workplace, monk
     words = ["--target", "all", "--aux", "resnet18", "none", "--epochs", "1", "--start", "random"]
     monkeypatch.setattr(train, "CLASSIFIERS", ("resnet18", "mobilenet_v2"))
     monkeypatch.setenv("WORLD_SIZE", "2")  # without a RANK: everything is done
-    write_generator("runs/generator-resnet18-none.pt", make_generator())
+    settings = {"epochs": 7, "batch_size": 256, "w_aux": 1.0, "seed": 3}
+    write_generator("runs/generator-resnet18-none.pt", make_generator(), **settings)
     assert "2 of 3 generators failed" in call(monkeypatch, train, *words, "--lr", "1e30")
     printed = capsys.readouterr().out
     assert printed.count("not a number") + printed.count("not finite") == 2
-    assert "runs/generator-resnet18-none.pt is finished" in printed
+    assert "runs/generator-resnet18-none.pt is finished (7 epochs of 256" in printed
     monkeypatch.setenv("RANK", "1")
     assert call(monkeypatch, train, *words) == 0
     assert os.path.exists("runs/generator-mobilenet_v2-resnet18.pt")
@@ -576,6 +562,11 @@ def test_several_pairs_finished_ones_skipped_diverged_ones_named(workplace, monk
     monkeypatch.delenv("RANK")
     assert "own auxiliary" in call(monkeypatch, train, "--target", "resnet18", "--aux", "resnet18")
     assert call(monkeypatch, train, "--target", "alexnet", "--aux", "none") == 2  # argparse's
+    monkeypatch.setattr(train, "CLASSIFIERS", classifiers.CLASSIFIERS)
+    assert "--arch vgg16_bn resnet34" in call(
+        monkeypatch, train, "--target", "vgg16_bn", "--aux", "resnet34", "resnet18")
+    assert call(monkeypatch, train, *PAIR, "--epochs", "1", "--limit", "64") == 0
+    assert os.path.exists(f"runs/{NAME}-limit64.pt")  # not in the place of a whole one
 
 
 def test_all_means_the_64_generators_of_table_2():
@@ -756,7 +747,7 @@ def test_the_whole_command(workplace, monkeypatch, capsys, few):
     assert {key: result[key] for key in scores} == pytest.approx(scores, rel=1e-4)
 
     write_generator("nameless.pt", make_generator())
-    assert "does not say" in call(monkeypatch, evaluate, "--generator", "nameless.pt")
+    assert "names no classifiers" in call(monkeypatch, evaluate, "--generator", "nameless.pt")
     broken = make_generator()
     broken.unet.exit.bias.data.fill_(torch.nan)
     write_generator("broken.pt", broken, target="resnet18", aux="none")
@@ -767,9 +758,11 @@ def test_the_whole_command(workplace, monkeypatch, capsys, few):
 def test_nothing_to_evaluate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "python train.py" in call(monkeypatch, evaluate)
-    for path in ("weights/generator-a.pt", "weights/generator-b.pt", "runs/generator-b.pt"):
+    for path in ("weights/generator-a.pt", "weights/generator-b.pt", "runs/generator-b.pt",
+                 "runs/generator-b-hardened.pt"):
         save(path, b"")
-    assert evaluate.find_generators() == ["weights/generator-a.pt", "runs/generator-b.pt"]
+    assert evaluate.find_generators() == [
+        "runs/generator-b-hardened.pt", "weights/generator-a.pt", "runs/generator-b.pt"]
 
 
 def test_images_of_ones_own_are_shrunk_upright_and_on_white(workplace, monkeypatch):
@@ -820,7 +813,7 @@ def test_phone_file_computes_what_the_generator_computes(tmp_path, hardened):
     with pytest.raises(torch.jit.Error, match="H and W >= 16"):
         phone(torch.rand(1, 3, 15, 32))
     assert export_mobile._get_model_bytecode_version(path) <= 8  # what phones read
-    operators = export_mobile._get_model_ops_and_info(path)
+    operators = torch.jit.mobile._get_model_ops_and_info(path)
     assert all(name.startswith("aten::") for name in operators)
     assert "aten::batch_norm" not in operators
     assert any(isinstance(layer, nn.BatchNorm2d) for layer in generator.modules())  # a copy
@@ -908,6 +901,8 @@ def test_demo_end_to_end(workplace, monkeypatch, service):
         assert all(ms > 0 for ms in report["demo"]["median ms an image"].values())
         os.remove(f"runs/{NAME}.demo.png")
     assert call(monkeypatch, export_mobile, "--demo", "--connect", "localhost") == 2  # argparse's
+    line = call(monkeypatch, export_mobile, "--serve", "--port", service)
+    assert f"cannot serve on 127.0.0.1:{service}" in line
     line = call(monkeypatch, export_mobile, "--demo", "--images", "2", "--connect", "127.0.0.1:9")
     assert "no answer from 127.0.0.1:9" in line
 

@@ -19,9 +19,10 @@ from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from classifiers import (CLASSIFIERS, SCORING_BATCH, UserError, accuracy, add_common_arguments,
-                         autocast, choose_precision, halve, hardware, learning_rate, load,
-                         load_checkpoint, load_cifar10, load_classifier, load_weights, positive_int,
-                         print_progress, random_crop_flip, run, save, to_float)
+                         autocast, choose_precision, find_classifier, halve, hardware,
+                         learning_rate, load, load_checkpoint, load_cifar10, load_classifier,
+                         load_weights, positive_int, print_progress, random_crop_flip, run, save,
+                         to_float)
 from ssim import ssim
 from unet import Encoder, Generator
 
@@ -128,7 +129,8 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
 def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Raise ValueError where these do not belong together: now, not after an epoch."""
     if labels.dtype != torch.int64 or labels.shape != (len(images),):
-        raise ValueError(f"labels must be {len(images)} int64, not {labels.dtype} {labels.shape}")
+        raise ValueError(f"labels must be torch.int64 ({len(images)},), not {labels.dtype} "
+                         f"{tuple(labels.shape)}")
     with torch.no_grad():
         logits = classifier(to_float(images[:2]))
     if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -195,6 +197,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     batch_size = min(batch_size, len(images))
     steps_per_epoch = len(images) // batch_size  # a rest smaller than a batch is dropped
     steps = epochs * steps_per_epoch
+    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps; U starts "
+          f"{'at random' if encoder is None else 'from the encoder, frozen'}", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)  # of its own: a resumed run equals an unbroken one
         generator.train()
@@ -243,6 +247,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
             facts = settings | log[-1] | {"hardware": hardware(device)}
             best = {"generator": halve(generator.state_dict()), "meta": facts | (meta or {})}
             shown = torch.cat([validation_images[:8], protected[:8]])
+            zoom = max(1, 128 // shown.shape[3])  # 32 pixels are too few to judge by
+            shown = shown.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
             grid = make_grid(shown, nrow=len(shown) // 2)
             save(f"{path}.png", encode_png(grid.cpu()).numpy().tobytes())
         lines = [json.dumps(line) + "\n" for line in log]
@@ -321,7 +327,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"],
                         help="(default: 16 bits where they are fast)")
     parser.add_argument("--limit", type=positive_int,
-                        help="a quick look: only the first LIMIT images of each split")
+                        help="a quick look, on the first LIMIT images of each split")
     parser.add_argument("--out", default="runs", metavar="FOLDER",
                         help="where generators go (default: %(default)s)")
     add_common_arguments(parser)
@@ -357,29 +363,36 @@ def main() -> None:
         pairs = pairs[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])]
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
+    needed = [name for name in CLASSIFIERS if any(name in pair for pair in pairs)]
+    missing = [name for name in needed if find_classifier(name) is None]
+    if missing:
+        names = " ".join(missing)
+        raise UserError(f"not trained yet: {names}; run python classifiers.py --arch {names}")
     data = load_cifar10(args.data, device)
     for split, (images, labels) in data.items():
         data[split] = images[:args.limit], labels[:args.limit]
+    classifiers = {"none": None}
+    for name in needed:
+        classifiers[name] = load_classifier(name, device)
     encoder = None
     if args.start == "encoder":
         encoder = load_classifier("encoder", device).net
-        print("U starts from the trained encoder, frozen (--start random: as in the paper)")
-    classifiers = {"none": None}
-    for name in CLASSIFIERS:
-        if any(name in pair for pair in pairs):
-            classifiers[name] = load_classifier(name, device)  # said now if one is missing
 
     failed = 0
     for target, aux in pairs:
         path = f"{args.out}/generator-{target}-{aux}"
         if args.hardened:
             path += "-hardened"
+        if args.limit is not None:
+            path += f"-limit{args.limit}"  # a quick look never takes the place of a generator
         if os.path.exists(f"{path}.pt"):
-            print(f"{path}.pt is finished: delete it to train it again")
+            _, meta = load_generator(f"{path}.pt")
+            print(f"{path}.pt is finished ({meta['epochs']} epochs of {meta['batch_size']}, w_aux "
+                  f"{meta['w_aux']}, seed {meta['seed']}): delete it to train it again")
             continue
-        lr = args.lr or 0.005
-        if args.lr is None and (target, aux) == ("googlenet", "vgg13_bn"):
-            lr = 0.001  # Section 4.1.3
+        lr = args.lr
+        if lr is None:
+            lr = 0.001 if (target, aux) == ("googlenet", "vgg13_bn") else 0.005  # Section 4.1.3
         meta = {"target": target, "aux": aux, "limit": args.limit,
                 "clean_target_accuracy": accuracy(classifiers[target], *data["test"])}
         try:
