@@ -6,6 +6,7 @@
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -13,9 +14,9 @@ import time
 from collections import namedtuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from classifiers import (CLASSIFIERS, SCORING_BATCH, UserError, accuracy, add_common_arguments,
@@ -123,6 +124,13 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
         "worst": similarity.topk(min(10, n)).indices.tolist(),
         "loss": loss_sum / n,
     }
+
+
+def encode_png(image: Tensor) -> bytes:
+    """A uint8 image (3, H, W) as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 # --- Algorithm 1 ----------------------------------------------------------------------------------
@@ -250,7 +258,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
             zoom = max(1, 128 // shown.shape[3])  # 32 pixels are too few to judge by
             shown = shown.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
             grid = make_grid(shown, nrow=len(shown) // 2)
-            save(f"{path}.png", encode_png(grid.cpu()).numpy().tobytes())
+            save(f"{path}.png", encode_png(grid))
         lines = [json.dumps(line) + "\n" for line in log]
         save(f"{path}.jsonl", "".join(lines).encode())
         checkpoint = {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
