@@ -570,7 +570,8 @@ def test_several_pairs_finished_ones_skipped_diverged_ones_named(workplace, monk
     assert "--arch vgg16_bn resnet34" in call(
         monkeypatch, train, "--target", "vgg16_bn", "--aux", "resnet34", "resnet18")
     assert call(monkeypatch, train, *PAIR, "--epochs", "1", "--limit", "64") == 0
-    assert os.path.exists(f"runs/{NAME}-limit64.pt")  # not in the place of a whole one
+    assert os.path.exists("runs/quick-look-64-resnet18-mobilenet_v2.pt")
+    assert not os.path.exists(f"runs/{NAME}.pt")
 
 
 def test_all_means_the_64_generators_of_table_2():

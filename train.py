@@ -335,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"],
                         help="(default: 16 bits where they are fast)")
     parser.add_argument("--limit", type=positive_int,
-                        help="a quick look, on the first LIMIT images of each split")
+                        help="a quick look, on LIMIT images of each split, to quick-look-*.pt")
     parser.add_argument("--out", default="runs", metavar="FOLDER",
                         help="where generators go (default: %(default)s)")
     add_common_arguments(parser)
@@ -388,11 +388,12 @@ def main() -> None:
 
     failed = 0
     for target, aux in pairs:
-        path = f"{args.out}/generator-{target}-{aux}"
+        kind = "generator"
+        if args.limit is not None:
+            kind = f"quick-look-{args.limit}"  # which nothing takes for a generator
+        path = f"{args.out}/{kind}-{target}-{aux}"
         if args.hardened:
             path += "-hardened"
-        if args.limit is not None:
-            path += f"-limit{args.limit}"  # a quick look never takes the place of a generator
         if os.path.exists(f"{path}.pt"):
             _, meta = load_generator(f"{path}.pt")
             print(f"{path}.pt is finished ({meta['epochs']} epochs of {meta['batch_size']}, w_aux "
