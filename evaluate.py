@@ -93,28 +93,28 @@ def jpeg(images: Tensor, subsampling: str, quality: int = 75) -> Tensor:
     return torch.from_numpy(np.stack(received)).permute(0, 3, 1, 2).to(images.device)
 
 
-def evaluate_generator(generator: nn.Module, target: str, aux: str, classifiers: dict, clean: dict,
-                       images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
+def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, classifiers: dict,
+                       clean: dict, images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
     """All scores of one generator on uint8 images (N, 3, H, W), and the protected images.
 
     `classifiers` and `clean`, their accuracies on the originals, go by name.
     """
     protected = protect(generator, images)
-    judge = classifiers[target]
-    result = score(images, protected, judge, classifiers.get(aux), labels)
-    result["target"] = target
-    result["aux"] = aux
-    result["clean_target_accuracy"] = clean[target]
-    result["drop"] = clean[target] - result["target_accuracy"]
+    target = classifiers[target_name]
+    result = score(images, protected, target, classifiers.get(aux_name), labels)
+    result["target"] = target_name
+    result["aux"] = aux_name
+    result["clean_target_accuracy"] = clean[target_name]
+    result["drop"] = clean[target_name] - result["target_accuracy"]
     result["correlation"] = brightness_correlation(images, protected)
     result["correlation_4x4"] = brightness_correlation(images, protected, 4)
     result["jpeg"] = {}
     for subsampling in ("4:4:4", "4:2:0"):
         received = jpeg(protected, subsampling)
-        result["jpeg"][subsampling] = accuracy(judge, received, labels)
+        result["jpeg"][subsampling] = accuracy(target, received, labels)
     result["unseen"] = {}  # classifiers that the generator never met
     for name, classifier in classifiers.items():
-        if name not in (target, aux):
+        if name not in (target_name, aux_name):
             result["unseen"][name] = accuracy(classifier, protected, labels)
     return result, protected
 
@@ -328,17 +328,22 @@ def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
 
 
 @torch.no_grad()
-def image_rows(batches: dict[str, Tensor], labels: Tensor, judges: dict[str, nn.Module]) -> list:
-    """Rows of Figure 9: the class, each batch of uint8 images, what judges say of the last one."""
+def image_rows(batches: dict[str, Tensor], labels: Tensor,
+               classifiers: dict[str, nn.Module]) -> list:
+    """Rows of a sheet: the classes, batches of uint8 images, and what is seen in the last one.
+
+    Batches and classifiers go by the words that stand before their row.
+    """
     rows = [("", [(CLASSES[label], BLACK, WHITE) for label in labels.tolist()])]
     for name, images in batches.items():
         rows.append((name, list(images)))
-    for name, judge in judges.items():
-        answers = judge(to_float(images)).argmax(1)
+    last = to_float(images)
+    for name, classifier in classifiers.items():
+        predictions = classifier(last).argmax(1)
         cells = []
-        for answer, label in zip(answers.tolist(), labels.tolist()):
-            colour = GREEN if answer == label else RED
-            cells.append((CLASSES[answer], colour, WHITE))
+        for prediction, label in zip(predictions.tolist(), labels.tolist()):
+            colour = GREEN if prediction == label else RED
+            cells.append((CLASSES[prediction], colour, WHITE))
         rows.append((f"{name} sees", cells))
     return rows
 
@@ -350,13 +355,13 @@ def draw_figure_9(out: str, name: str, result: dict, images: Tensor, protected: 
     recognised = (f"target {result['target_accuracy']:.2f}%, of the originals "
                   f"{result['clean_target_accuracy']:.2f}%; "
                   f"auxiliary {number(result['aux_accuracy'])}%")
-    judges = {"target": classifiers[result["target"]]}
+    networks = {"target": classifiers[result["target"]]}
     if result["aux"] != "none":
-        judges["auxiliary"] = classifiers[result["aux"]]
+        networks["auxiliary"] = classifiers[result["aux"]]
     first_of_class = [(labels == i).int().argmax().item() for i in range(len(CLASSES))]
     for kind, chosen in (("generator", first_of_class), ("worst", result["worst"])):
         batches = {"original": images[chosen], "protected": protected[chosen]}
-        rows = image_rows(batches, labels[chosen], judges)
+        rows = image_rows(batches, labels[chosen], networks)
         draw_sheet(f"{out}/{kind}-{name}.png", [(hidden, []), (recognised, []), *rows])
 
 

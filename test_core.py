@@ -615,13 +615,13 @@ def test_interrupt_is_one_line(workplace):
 def test_unseen_and_jpeg_are_scored_on_protected_images(data, workplace):
     images, labels = data["test"][0][:100], data["test"][1][:100]
     generator = make_generator()
-    judges = {name: load_classifier(name) for name in ("resnet18", "mobilenet_v2")}
+    networks = {name: load_classifier(name) for name in ("resnet18", "mobilenet_v2")}
     result, protected = evaluate.evaluate_generator(
-        generator, "resnet18", "none", judges, {"resnet18": 50.0}, images, labels)
+        generator, "resnet18", "none", networks, {"resnet18": 50.0}, images, labels)
     assert torch.equal(protected, (generator(images / 255) * 255).round().to(torch.uint8))
 
     def correct(name, images):
-        answers = judges[name](images / 255).argmax(1)
+        answers = networks[name](images / 255).argmax(1)
         return pytest.approx((answers == labels).sum().item(), abs=1.01)  # percent; a near tie
 
     received = []
