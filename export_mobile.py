@@ -38,7 +38,7 @@ BYTECODE = 8  # the newest that pytorch_android_lite 1.13.1 and 2.1.0 read
 MAX_BYTES = 65536  # of a PNG that the service takes: one of 32 x 32 has about 3,000
 SECONDS = 10  # how long phone and service wait for each other
 
-# Both point to files that PyTorch Mobile does not read.
+# Both warnings recommend a newer format, which PyTorch Mobile cannot read.
 warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")
 warnings.filterwarnings("ignore", "Lite Interpreter is deprecated")
 
@@ -234,7 +234,7 @@ def main() -> None:
     if args.serve:
         try:
             server = RecognitionServer(target, args.host, args.port)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise UserError(f"cannot serve on {args.host}:{args.port} ({error})") from error
         print(f"serving {target_name} on {args.host}:{args.port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()

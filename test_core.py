@@ -479,6 +479,8 @@ def test_a_classifier_of_ones_own(tmp_path, own):
         assert image.size == (8 * (2 * 48 + 2) + 2, 2 * (2 * 40 + 2) + 2)  # twice as large
     with pytest.raises(UserError, match="mine.pt is finished"):  # never an answer to another call
         train_generator(make_service(), None, own, path, epochs=3)
+    with pytest.raises(KeyError, match="float32"):
+        train_generator(make_service(), None, own, path + "2", precision="float32")
     with pytest.raises(TypeError, match="epoch"):
         train_generator(service, None, own, path + "2", epoch=3)
 
@@ -728,13 +730,15 @@ def test_the_whole_command(workplace, monkeypatch, capsys, few):
     """Two files of one name are two entries; Table 3; the attack; pictures; results.json."""
     for folder in ("a", "b"):
         write_generator(f"{folder}/{NAME}.pt", make_generator(), target="resnet18",
-                        aux="mobilenet_v2", clean_target_accuracy=99.0)
+                        aux="mobilenet_v2", clean_target_accuracy=99.0,
+                        validation={"target_accuracy": 98.0})
     monkeypatch.setattr(evaluate, "TABLE_3", {"generator": (1, 1), "mobilenet_v2": (1, 1)})
     assert call(monkeypatch, evaluate, "--generator", f"a/{NAME}.pt", f"b/{NAME}.pt", "--timing",
                 "--attack", "1", "--out", "out") == 0
     printed = capsys.readouterr().out
     assert "7,766,051" in printed and "2,236,682" in printed
     assert "trained for another resnet18, of 99.00%" in printed
+    assert "it had 98.00% in training: is this resnet18 the same?" in printed
     first = "resnet18-mobilenet_v2"
     second = "resnet18-mobilenet_v2-2"
     expected = ["heatmaps.png", "results.json"]
@@ -758,6 +762,11 @@ def test_the_whole_command(workplace, monkeypatch, capsys, few):
     write_generator("broken.pt", broken, target="resnet18", aux="none")
     assert "broken.pt" in call(monkeypatch, evaluate, "--generator", "broken.pt")
     assert call(monkeypatch, evaluate, "--attack", "0") == 2  # argparse's
+
+
+def test_two_files_of_one_name_get_two():
+    assert evaluate.name_files(["x/a.jpg", "y/a.jpg", "z/a-2.jpg"]) == {
+        "a": "x/a.jpg", "a-2": "y/a.jpg", "a-2-2": "z/a-2.jpg"}
 
 
 def test_nothing_to_evaluate(tmp_path, monkeypatch):

@@ -159,14 +159,16 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     `data` is as of load_cifar10: "train" and "validation", each uint8 images (N, 3, H, W), H and W
     >= 16, and int64 labels (N,). It is on `device`, as are all networks. A trained `encoder` is
     copied and frozen; without one all of U starts at random, as in the paper. The defaults are
-    those of Section 4.1.3. Precision: "fp16", "bf16" or "fp32", by default 16 bits where fast.
+    those of Section 4.1.3; a hardened generator wants less w_aux (DEFAULTS). Precision is "fp16",
+    "bf16" or "fp32", by default 16 bits where they are fast.
 
     Returns the best epoch by validation loss (Figure 4), its kernels rounded to 16 bits; in the
-    file are the settings, its scores and `meta` too. path.jsonl is the log; path.png shows eight
-    validation images above what the best epoch makes of them. After a stop, the same call goes on
-    from the last finished epoch. Raises UserError where path.pt exists, where a checkpoint is of
-    other settings, and on a loss that is not finite; ValueError where classifiers and data do not
-    belong together.
+    file are the settings, its scores (before rounding) and `meta` too. path.jsonl is the log;
+    path.png shows eight validation images above what the best epoch makes of them. After a stop,
+    the same call goes on from the last finished epoch.
+
+    Raises UserError where path.pt exists, where a checkpoint is of other settings, and on a loss
+    that is not finite; ValueError where classifiers and data do not belong together.
     """
     if os.path.exists(f"{path}.pt"):
         raise UserError(f"{path}.pt is finished: delete it to train it again")
@@ -208,7 +210,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     print(f"{path}: {epochs} epochs of {steps_per_epoch} steps; U starts "
           f"{'at random' if encoder is None else 'from the encoder, frozen'}", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)  # of its own: a resumed run equals an unbroken one
+        torch.manual_seed(1000 * seed + epoch)  # of each epoch: resumed or not, it draws the same
         generator.train()
         if encoder is not None:
             generator.unet.encoder.eval()  # frozen: its batch norm statistics too
@@ -295,9 +297,9 @@ def load_generator(path: str) -> tuple[Generator, dict]:
 
 
 # --- The command ----------------------------------------------------------------------------------
-# What is not asked for. Random is the paper's start (Section 4.1.3); from a trained encoder minutes
-# are enough. The bottleneck of a hardened generator hides by itself, and at weight 1 the boundless
-# -CE(aux) cost the target whole classes.
+# Where the command line says nothing. Random is the paper's start (Section 4.1.3); from a trained
+# encoder minutes are enough. The bottleneck of a hardened generator hides by itself, and at weight
+# 1 the boundless -CE(aux) cost the target whole classes.
 DEFAULTS = {
     "random": {"epochs": 100, "batch_size": 256, "w_aux": 1.0},
     "encoder": {"epochs": 4, "batch_size": 64, "w_aux": 1.0},
@@ -372,6 +374,8 @@ def main() -> None:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     needed = [name for name in CLASSIFIERS if any(name in pair for pair in pairs)]
+    if args.start == "encoder":
+        needed.append("encoder")
     missing = [name for name in needed if find_classifier(name) is None]
     if missing:
         names = " ".join(missing)
@@ -384,7 +388,7 @@ def main() -> None:
         classifiers[name] = load_classifier(name, device)
     encoder = None
     if args.start == "encoder":
-        encoder = load_classifier("encoder", device).net
+        encoder = classifiers["encoder"].net
 
     failed = 0
     for target, aux in pairs:
@@ -413,7 +417,7 @@ def main() -> None:
         except UserError as error:  # one that diverges does not stop the others
             print(f"error: {error}", flush=True)
             failed += 1
-    if failed:
+    if failed and "RANK" not in os.environ:  # torchrun would stop the other processes
         raise UserError(f"{failed} of {len(pairs)} generators failed, see above")
 
 

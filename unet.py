@@ -120,7 +120,7 @@ class Generator(nn.Module):
         h, w = x.shape[2], x.shape[3]
         z = (x - self.mean) / self.std
         if h % 16 != 0 or w % 16 != 0:
-            z = F.pad(z, [0, -w % 16, 0, -h % 16], mode="reflect")  # right and below, to the next
+            z = F.pad(z, [0, -w % 16, 0, -h % 16], mode="reflect")  # up to a multiple of 16
         delta = self.unet(z)
         delta = delta[:, :, :h, :w]
         delta = self.std * delta.float()  # float32 again if the U-Net ran under autocast
