@@ -207,8 +207,9 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     batch_size = min(batch_size, len(images))
     steps_per_epoch = len(images) // batch_size  # a rest smaller than a batch is dropped
     steps = epochs * steps_per_epoch
-    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps; U starts "
-          f"{'at random' if encoder is None else 'from the encoder, frozen'}", flush=True)
+    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
+    if encoder is not None:
+        print("U starts from the trained encoder, frozen; the paper's starts at random", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)  # of each epoch: resumed or not, it draws the same
         generator.train()
