@@ -277,7 +277,7 @@ def print_table_2(summary: dict) -> None:
         cells = []
         for key, printed in zip(("min", "median", "max", "none"), TABLE_2[target]):
             cells.append(f"{number(row[key])} / {printed:.2f}".ljust(17))
-        print(f"{target:14}{row['pairs']} / 7    {''.join(cells)}")
+        print(f"{target:14}{row['pairs']} / 7    {''.join(cells).rstrip()}")
     print(f"{summary['pairs_under_5_points']} of {summary['pairs']} pairs lose under 5 points "
           "(the paper: 38 of 56)")
 
@@ -580,9 +580,10 @@ def main() -> None:
         before = meta.get("clean_target_accuracy", clean[target])
         if abs(before - clean[target]) > 0.5 and not args.limit and not meta.get("limit"):
             print(f"  note: it was trained for another {target}, of {before:.2f}%")
-        before = meta.get("validation", result)["target_accuracy"]
-        if result["target_accuracy"] < before - 3:
-            print(f"  note: it had {before:.2f}% in training: is this {target} the same?")
+        validation = meta.get("validation", result)  # its scores in training
+        if result["target_accuracy"] < validation["target_accuracy"] - 3:
+            print(f"  note: it had {validation['target_accuracy']:.2f}% in training: is this "
+                  f"{target} the same?")
         if args.attack:
             reconstruction_attack(generator, classifiers[target], data,
                                   f"{args.out}/attack-{name}", epochs=args.attack,
