@@ -540,7 +540,6 @@ def test_killed_run_goes_on_to_the_same_weights(workplace, monkeypatch, form, ca
         assert torch.equal(value, killed["generator"][key])
     meta = whole["meta"]
     assert meta["target"] == "resnet18" and meta["aux"] == "mobilenet_v2"
-    assert meta["w_aux"] == (0.1 if form == ["--hardened"] else 1.0)
     encoder = torch.load("runs/encoder.pt")["classifier"]
     frozen = []
     for key, value in encoder.items():
@@ -551,16 +550,35 @@ def test_killed_run_goes_on_to_the_same_weights(workplace, monkeypatch, form, ca
     assert all(frozen) == (form != ["--start", "random"])
 
 
+def test_settings_go_with_the_start(workplace, monkeypatch, capsys):
+    encoder = {"start": "encoder", "epochs": 1, "batch_size": 64, "w_aux": 0.5}
+    paper = {"start": "random", "epochs": 100, "batch_size": 256, "w_aux": 1.0}
+    for words, expected in ((["--device", "cpu"], encoder),
+                            (["--device", "cpu", "--hardened"], encoder),
+                            (["--device", "cuda", "--hardened"], encoder),
+                            (["--device", "cpu", "--start", "random"], paper),
+                            (["--device", "cuda"], paper),
+                            (["--device", "cuda", "--w-aux", "0"], paper | {"w_aux": 0.0})):
+        monkeypatch.setattr(sys, "argv", ["train.py", *PAIR, *words])
+        args = vars(train.parse_arguments())
+        assert {key: args[key] for key in expected} == expected
+    assert call(monkeypatch, train, *PAIR, "--device", "cpu") == 0
+    assert "U starts from the trained encoder, frozen" in capsys.readouterr().out
+    meta = load_generator(f"runs/{NAME}.pt")[1]
+    encoder |= {"w_target": 1.0, "w_ssim": 0.5, "epoch": 1}
+    assert {key: meta[key] for key in encoder} == encoder
+
+
 def test_several_pairs_finished_ones_skipped_diverged_ones_named(workplace, monkeypatch, capsys):
     words = ["--target", "all", "--aux", "resnet18", "none", "--epochs", "1", "--start", "random"]
     monkeypatch.setattr(train, "CLASSIFIERS", ("resnet18", "mobilenet_v2"))
     monkeypatch.setenv("WORLD_SIZE", "2")  # without a RANK: everything is done
-    settings = {"epochs": 7, "batch_size": 256, "w_aux": 1.0, "seed": 3}
+    settings = {"start": "random", "epochs": 7, "batch_size": 256, "w_aux": 1.0, "seed": 3}
     write_generator("runs/generator-resnet18-none.pt", make_generator(), **settings)
     assert "2 of 3 generators failed" in call(monkeypatch, train, *words, "--lr", "1e30")
     printed = capsys.readouterr().out
     assert printed.count("not a number") + printed.count("not finite") == 2
-    assert "runs/generator-resnet18-none.pt is finished (7 epochs of 256" in printed
+    assert "runs/generator-resnet18-none.pt is finished (start random, 7 epochs of 256" in printed
     monkeypatch.setenv("RANK", "1")
     assert call(monkeypatch, train, *words) == 0
     assert os.path.exists("runs/generator-mobilenet_v2-resnet18.pt")
@@ -652,16 +670,17 @@ def test_brightness_correlation_with_its_own_and_with_the_other(data, block):
     assert result == pytest.approx({"own": np.mean(own), "other": np.mean(other)}, abs=1e-5)
 
 
-@pytest.mark.parametrize("column, ending", [(1, ""), (2, "-hardened")])
-def test_what_ships_hides_and_scores_what_the_readme_says(data, monkeypatch, column, ending):
+@pytest.mark.parametrize("row, ending", [("| vgg13_bn (93.12%), resnet18 |", ""),
+                                         ("| the same, hardened (ours) |", "-hardened")])
+def test_what_ships_hides_and_scores_what_the_readme_says(data, monkeypatch, row, ending):
     monkeypatch.chdir(ROOT)
     generator, meta = load_generator(f"weights/generator-vgg13_bn-resnet18{ending}.pt")
     target, aux = load_classifier(meta["target"]), load_classifier(meta["aux"])
     images, labels = data["test"]
     protected = protect(generator, images)
     readme = Path("README.md").read_text().splitlines()
-    line = next(line for line in readme if line.startswith("| target accuracy, protected"))
-    printed = float(re.search(r"[\d.]+", line.split("|")[column + 1])[0])
+    line = next(line for line in readme if line.startswith(row))
+    printed = float(re.search(r"[\d.]+", line.split("|")[2])[0])
     assert accuracy(target, protected, labels) == pytest.approx(printed, abs=0.3)
     images, protected, labels = images[:500], protected[:500], labels[:500]
     result = score(images, protected, target, aux, labels)
