@@ -563,9 +563,9 @@ def test_settings_go_with_the_start(workplace, monkeypatch, capsys):
         args = vars(train.parse_arguments())
         assert {key: args[key] for key in expected} == expected
     assert call(monkeypatch, train, *PAIR, "--device", "cpu") == 0
-    assert "U starts from the trained encoder, frozen" in capsys.readouterr().out
+    assert "U starts from the trained encoder, frozen, with w_aux 0.5" in capsys.readouterr().out
     meta = load_generator(f"runs/{NAME}.pt")[1]
-    encoder |= {"w_target": 1.0, "w_ssim": 0.5, "epoch": 1}
+    encoder |= {"w_target": 1.0, "w_ssim": 0.5}
     assert {key: meta[key] for key in encoder} == encoder
 
 

@@ -218,8 +218,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     steps = epochs * steps_per_epoch
     print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
     if encoder is not None:
-        print("U starts from the trained encoder, frozen; the paper's starts at random and takes "
-              "other settings (DEFAULTS)", flush=True)
+        print(f"U starts from the trained encoder, frozen, with w_aux {w_aux}; --start random is "
+              "the paper's", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)  # of each epoch: resumed or not, it draws the same
         generator.train()
