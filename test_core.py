@@ -696,9 +696,9 @@ def test_what_ships_hides_and_scores_what_the_readme_says(data, monkeypatch, row
         assert received < 20  # the paper's form does not survive it
 
 
-def entry(target, aux, accuracy, clean):
+def entry(target, aux, accuracy, clean, similarity=0.1):
     return {"target": target, "aux": aux, "target_accuracy": accuracy, "drop": clean - accuracy,
-            "aux_accuracy": None if aux == "none" else 9.0, "ssim": 0.1}
+            "aux_accuracy": None if aux == "none" else 9.0, "ssim": similarity}
 
 
 def test_table_2_of_made_up_results(tmp_path, capsys):
@@ -721,6 +721,29 @@ def test_table_2_of_made_up_results(tmp_path, capsys):
     assert texts[1:] == [["vgg13_bn", "90.0", "80.0", "91.0", "92.0", "93.0"],
                          ["googlenet", "", "88.0", "", "", ""],
                          ["average", "90.0", "84.0", "91.0", "92.0", "93.0"]]
+
+
+def test_figure_9_shows_no_auxiliary_model_beside_the_best(tmp_path):
+    entries = [entry("resnet18", "vgg13_bn", 90.0, 92.0, 0.02),
+               entry("vgg13_bn", "resnet18", 90.0, 93.0, 0.3),  # trained without none: not shown
+               entry("resnet18", "none", 91.0, 92.0, 0.8),
+               entry("resnet18", "densenet121", 89.0, 92.0, 0.01)]
+    protected = {}
+    for i, made_up in enumerate(entries):
+        key = made_up["target"], made_up["aux"]
+        protected[key] = torch.full((10, 3, 32, 32), 50 * i, dtype=torch.uint8)
+    labels = torch.arange(10)
+    images = torch.full((10, 3, 32, 32), 255, dtype=torch.uint8)
+    images[:, 1] = 10 * labels[:, None, None]
+    evaluate.draw_figure_9(str(tmp_path / "9.png"), entries, images, protected, labels)
+    sheet = np.array(Image.open(tmp_path / "9.png"))
+    columns = [evaluate.LABEL + evaluate.CELL * i + 48 for i in range(11)]
+    classes = [0, 20, 40, 60, 80]
+    assert sheet[58, columns, 1].tolist() == [*classes, 255, *classes]
+    assert sheet[188, columns, 0].tolist() == [100] * 5 + [255] + [150] * 5
+    assert len(sheet) == 20 + 2 * evaluate.CELL + evaluate.LINE
+    evaluate.draw_figure_9(str(tmp_path / "no.png"), entries[:2], images, protected, labels)
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_attack_undoes_a_negative(few, tmp_path):
