@@ -370,14 +370,14 @@ def draw_examples(out: str, name: str, result: dict, images: Tensor, protected: 
         draw_sheet(f"{out}/{kind}-{name}.png", [(hidden, []), (recognised, []), *rows])
 
 
-def draw_figure_9(path: str, entries: list[dict], images: Tensor, protected: dict[tuple, Tensor],
-                  labels: Tensor) -> None:
-    """Figure 9: what each target gets without an auxiliary model, left, and with the best, right.
+def draw_figure_9(path: str, entries: list[dict], originals: Tensor,
+                  protected: dict[tuple, Tensor]) -> None:
+    """Figure 9: a few images without an auxiliary model, left, and with the best one, right.
 
-    The best has the lowest mean |SSIM|, as in the paper. `protected` goes by target and auxiliary
-    model. Draws nothing where no target was trained both ways.
+    The best has the lowest mean |SSIM|, as in the paper. `protected` holds, by target and auxiliary
+    model, what becomes of the `originals`. A target that was not trained both ways is left out; if
+    all are, nothing is drawn.
     """
-    chosen = first_of_class(labels)[::2]  # of every second class
     gap = ("", BLACK, WHITE)
     rows = []
     for target in CLASSIFIERS:
@@ -387,21 +387,20 @@ def draw_figure_9(path: str, entries: list[dict], images: Tensor, protected: dic
             continue
         best = min(by_aux.values(), key=itemgetter("ssim"))
         aux = best["aux"]
-        rows.append((f"{target}: without an auxiliary model {none['target_accuracy']:.1f}%, "
-                     f"|SSIM| {none['ssim']:.3f}; with {aux} {best['target_accuracy']:.1f}%, "
-                     f"|SSIM| {best['ssim']:.3f}", []))
-        left = protected[target, "none"][chosen]
-        right = protected[target, aux][chosen]
-        rows.append(("protected", [*left, gap, *right]))
+        title = (f"{target}. Left, no auxiliary model: target {none['target_accuracy']:.1f}%, "
+                 f"|SSIM| {none['ssim']:.3f}. Right, {aux}: target {best['target_accuracy']:.1f}%, "
+                 f"auxiliary {best['aux_accuracy']:.1f}%, |SSIM| {best['ssim']:.3f}")
+        rows.append((title, []))
+        rows.append(("protected", [*protected[target, "none"], gap, *protected[target, aux]]))
     if rows:
-        originals = ("original", [*images[chosen], gap, *images[chosen]])
-        draw_sheet(path, [originals, *rows])
+        draw_sheet(path, [("original", [*originals, gap, *originals]), *rows])
 
 
 def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> list:
-    """Rows of a sheet: targets down, auxiliary models across, dark is high.
+    """Rows of a sheet: targets down, auxiliary models across, dark is high among the pairs.
 
-    The last row, labelled `average`, holds the mean over the targets.
+    "none" is beside them, not in the scale; the paper's Figure 7 has the originals there. The last
+    row, labelled `average`, holds the mean over the targets.
     """
     values = {}
     for entry in entries:
@@ -412,8 +411,9 @@ def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> li
     for aux in auxes:
         column = [values[target, aux] for target in targets if (target, aux) in values]
         values[average, aux] = statistics.mean(column)
-    low = min(values.values(), default=0)
-    high = max(values.values(), default=0)
+    paired = [value for (_, aux), value in values.items() if aux != "none"]
+    low = min(paired, default=0)
+    high = max(paired, default=0)
     rows = [("target \\ auxiliary", [(aux, BLACK, WHITE) for aux in auxes])]
     for target in [*targets, average]:
         cells = []
@@ -423,6 +423,7 @@ def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> li
                 continue
             value = values[target, aux]
             share = (value - low) / max(high - low, 1e-9)
+            share = min(max(share, 0), 1)
             fill = tuple(round(a + share * (b - a)) for a, b in zip(PALE, DARK))
             cells.append((number(value, digits), WHITE if share > 0.6 else BLACK, fill))
         rows.append((target, cells))
@@ -595,7 +596,8 @@ def main() -> None:
     if args.timing:
         results["timing"] = time_networks(args.device)
     paper_form = []  # what belongs into the paper's tables
-    paper_protected = {}
+    few = first_of_class(labels)[::2]  # Figure 9 shows every second class
+    few_protected = {}
     for name, path in name_files(paths).items():
         generator, meta = open_generator(path)
         generator.to(args.device)
@@ -607,7 +609,7 @@ def main() -> None:
         results["generators"][name] = result
         if not meta["hardened"] and not meta.get("limit"):
             paper_form.append(result)
-            paper_protected[target, aux] = protected
+            few_protected[target, aux] = protected[few]
         results["summary"] = summarise(paper_form)
         save(f"{args.out}/results.json", json.dumps(results, indent=1).encode())
         draw_examples(args.out, name, result, images, protected, labels, classifiers)
@@ -626,7 +628,7 @@ def main() -> None:
     if paper_form:
         print_table_2(results["summary"])
         draw_heatmaps(f"{args.out}/heatmaps.png", paper_form)
-        draw_figure_9(f"{args.out}/figure-9.png", paper_form, images, paper_protected, labels)
+        draw_figure_9(f"{args.out}/figure-9.png", paper_form, images[few], few_protected)
     print(f"-> {args.out}/")
 
 
