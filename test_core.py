@@ -726,6 +726,8 @@ def test_the_readme_says_what_the_results_say():
     assert f"|SSIM| is {min(similarities):.3f} to {max(similarities):.3f}" in readme
     unseen = max(value for e in pairs for value in e["unseen"].values())
     assert f"recognises at most {unseen:.2f}%" in readme
+    unseen = max(value for e in hardened.values() for value in e["unseen"].values())
+    assert f"of a pair's images, hardened {unseen:.2f}%" in readme
 
 
 def entry(target, aux, accuracy, clean, similarity=0.1):
