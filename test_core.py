@@ -38,6 +38,7 @@ from unet import Encoder, Generator
 
 pytestmark = pytest.mark.filterwarnings(  # PyTorch Mobile's, which export_mobile.py silences
     "ignore:.*torch.jit.script. is deprecated", "ignore:.*Lite Interpreter is deprecated")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 ROOT = Path(__file__).resolve().parent
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2471, 0.2435, 0.2616]).view(1, 3, 1, 1)
@@ -76,11 +77,18 @@ def toys(tmp_path_factory, few):
 
 @pytest.fixture
 def workplace(tmp_path, toys, monkeypatch, few):
-    """A working directory whose runs/ holds the toys; every script sees the few images only."""
+    """A working directory whose runs/ holds the toys; every script sees the few images only.
+
+    A GPU is not seen, so that a test is the same on every machine.
+    """
+    def load_few(folder, device="cpu"):
+        return {split: (x.to(device), y.to(device)) for split, (x, y) in few.items()}
+
     shutil.copytree(toys, tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     for module in (classifiers, train, evaluate, export_mobile):
-        monkeypatch.setattr(module, "load_cifar10", lambda *_: dict(few))
+        monkeypatch.setattr(module, "load_cifar10", load_few)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path
 
 
@@ -118,7 +126,7 @@ classifiers.run(script.main)
 
 
 def start(*words):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-u", "-c", PROCESS, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=environment)
@@ -611,10 +619,8 @@ def follow(device, precision, own, path):
     return [json.loads(line)["train"]["total"] for line in open(f"{path}.jsonl")]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 def test_fp16_with_its_scaler_follows_float32(tmp_path, own, device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU here")
     expected = follow("cpu", "fp32", own, f"{tmp_path}/fp32")
     losses = follow(device, "fp16", own, f"{tmp_path}/fp16")
     assert losses == pytest.approx(expected, rel=0.02)
@@ -840,6 +846,31 @@ def test_the_whole_command(workplace, monkeypatch, capsys, few):
     write_generator("broken.pt", broken, target="resnet18", aux="none")
     assert "broken.pt" in call(monkeypatch, evaluate, "--generator", "broken.pt")
     assert call(monkeypatch, evaluate, "--attack", "0") == 2  # argparse's
+
+
+@on_gpu
+def test_the_commands_on_a_gpu(workplace, monkeypatch):
+    """Each form is trained in fp16; scores of the GPU are those of the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    os.remove("runs/encoder.pt")
+    assert call(monkeypatch, classifiers, "--arch", "encoder", "--epochs", "2") == 0
+    for form in ([], ["--hardened"]):
+        assert call(monkeypatch, train, *PAIR, "--epochs", "2", *form) == 0
+    _, meta = load_generator(f"runs/{NAME}.pt")
+    assert meta["start"] == "random" and meta["precision"] == "fp16"
+    assert meta["hardware"] == torch.cuda.get_device_name()
+    for name, part in ((NAME, "generator"), ("encoder", "classifier")):
+        weights = torch.load(f"runs/{name}.pt")[part]
+        assert not any(value.is_cuda for value in weights.values())  # a file for any machine
+    monkeypatch.setattr(evaluate, "TABLE_3", {"generator": (1, 1)})
+    assert call(monkeypatch, evaluate, "--timing", "--attack", "1", "--out", "cuda") == 0
+    assert call(monkeypatch, evaluate, "--device", "cpu", "--out", "cpu") == 0
+    results = json.loads(Path("cuda/results.json").read_text())["generators"]
+    expected = json.loads(Path("cpu/results.json").read_text())["generators"]
+    assert len(results) == 2
+    for name, scores in expected.items():
+        for key, tolerance in (("target_accuracy", 2), ("aux_accuracy", 2), ("ssim", 0.01)):
+            assert results[name][key] == pytest.approx(scores[key], abs=tolerance)
 
 
 def test_two_files_of_one_name_get_two():
