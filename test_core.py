@@ -621,7 +621,7 @@ def follow(device, precision, own, path):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 def test_fp16_with_its_scaler_follows_float32(tmp_path, own, device):
-    expected = follow("cpu", "fp32", own, f"{tmp_path}/fp32")
+    expected = follow(device, "fp32", own, f"{tmp_path}/fp32")
     losses = follow(device, "fp16", own, f"{tmp_path}/fp16")
     assert losses == pytest.approx(expected, rel=0.02)
     assert losses != expected  # it did compute in 16 bits
@@ -850,27 +850,35 @@ def test_the_whole_command(workplace, monkeypatch, capsys, few):
 
 @on_gpu
 def test_the_commands_on_a_gpu(workplace, monkeypatch):
-    """Each form is trained in fp16; scores of the GPU are those of the CPU."""
+    """Both forms are trained in fp16; what they score on the GPU is what they score on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    os.remove("runs/encoder.pt")
-    assert call(monkeypatch, classifiers, "--arch", "encoder", "--epochs", "2") == 0
-    for form in ([], ["--hardened"]):
-        assert call(monkeypatch, train, *PAIR, "--epochs", "2", *form) == 0
-    _, meta = load_generator(f"runs/{NAME}.pt")
-    assert meta["start"] == "random" and meta["precision"] == "fp16"
-    assert meta["hardware"] == torch.cuda.get_device_name()
-    for name, part in ((NAME, "generator"), ("encoder", "classifier")):
-        weights = torch.load(f"runs/{name}.pt")[part]
-        assert not any(value.is_cuda for value in weights.values())  # a file for any machine
     monkeypatch.setattr(evaluate, "TABLE_3", {"generator": (1, 1)})
-    assert call(monkeypatch, evaluate, "--timing", "--attack", "1", "--out", "cuda") == 0
-    assert call(monkeypatch, evaluate, "--device", "cpu", "--out", "cpu") == 0
-    results = json.loads(Path("cuda/results.json").read_text())["generators"]
-    expected = json.loads(Path("cpu/results.json").read_text())["generators"]
-    assert len(results) == 2
-    for name, scores in expected.items():
+    gpu = torch.cuda.get_device_name()
+    os.remove("runs/encoder.pt")
+    assert call(monkeypatch, classifiers, "--arch", "encoder", "--epochs", "1") == 0
+    content = torch.load("runs/encoder.pt")
+    assert content["meta"]["hardware"] == gpu
+    assert not any(value.is_cuda for value in content["classifier"].values())  # for any machine
+    for words, form, start_of_u in (([], "", "random"), (["--hardened"], "-hardened", "encoder")):
+        assert call(monkeypatch, train, *PAIR, "--epochs", "1", *words) == 0
+        content = torch.load(f"runs/{NAME}{form}.pt")
+        meta = content["meta"]
+        assert meta["hardware"] == gpu
+        assert meta["precision"] == "fp16" and meta["start"] == start_of_u
+        assert not any(value.is_cuda for value in content["generator"].values())
+
+    words = ["--timing", "--attack", "1", "--out", "on-gpu"]
+    assert call(monkeypatch, evaluate, *words) == 0
+    assert call(monkeypatch, evaluate, "--device", "cpu", "--out", "on-cpu") == 0
+    results = json.loads(Path("on-gpu/results.json").read_text())
+    expected = json.loads(Path("on-cpu/results.json").read_text())
+    assert results["hardware"] == gpu
+    assert results["generators"].keys() == expected["generators"].keys()
+    for name, scores in results["generators"].items():
+        attack = json.loads(Path(f"on-gpu/attack-{name}.json").read_text())
+        assert attack["hardware"] == gpu
         for key, tolerance in (("target_accuracy", 2), ("aux_accuracy", 2), ("ssim", 0.01)):
-            assert results[name][key] == pytest.approx(scores[key], abs=tolerance)
+            assert scores[key] == pytest.approx(expected["generators"][name][key], abs=tolerance)
 
 
 def test_two_files_of_one_name_get_two():

@@ -135,8 +135,8 @@ def encode_png(image: Tensor) -> bytes:
 
 # --- Algorithm 1 ----------------------------------------------------------------------------------
 # The settings go with the start of U; "random" is the paper's (Section 4.1.3). From a trained
-# encoder one epoch is enough, and -CE(aux), which has no bound, needs less weight: at 1 it cost the
-# target resnet18 8 points, at 0.3 some images of the target densenet121 were hidden less well.
+# encoder one epoch is enough, and -CE(aux), which has no bound, needs less weight: at 1 that
+# epoch cost the target resnet18 8 points, at 0.3 it hid some images of densenet121 less well.
 DEFAULTS = {
     "random": {"epochs": 100, "batch_size": 256, "w_aux": 1.0},
     "encoder": {"epochs": 1, "batch_size": 64, "w_aux": 0.5},
