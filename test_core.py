@@ -873,6 +873,8 @@ def test_the_commands_on_a_gpu(workplace, monkeypatch):
     results = json.loads(Path("on-gpu/results.json").read_text())
     expected = json.loads(Path("on-cpu/results.json").read_text())
     assert results["hardware"] == gpu
+    assert list(results["timing"]) == ["generator"]
+    assert len(results["generators"]) == 2
     assert results["generators"].keys() == expected["generators"].keys()
     for name, scores in results["generators"].items():
         attack = json.loads(Path(f"on-gpu/attack-{name}.json").read_text())
