@@ -443,7 +443,7 @@ def load_weights(model: nn.Module, weights: dict, path: str) -> None:
 
 
 def halve(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy on the CPU, kernels and matrices in 16 bits, the rest as it is: half the file."""
+    """A copy on the CPU with kernels and matrices in 16 bits: a file of half the size."""
     copy = {name: value.cpu().clone() for name, value in weights.items()}
     for name, value in copy.items():
         if value.dim() > 1:
