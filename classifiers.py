@@ -173,7 +173,7 @@ class EncoderClassifier(Encoder):
     The logits (N, classes) are one linear layer on the mean of the last feature map.
     """
 
-    def __init__(self, classes: int = 10):
+    def __init__(self, classes: int):
         super().__init__()
         self.linear = nn.Linear(BOTTLENECK, classes)
 
@@ -183,20 +183,20 @@ class EncoderClassifier(Encoder):
         return self.linear(features)
 
 
-def build_classifier(name: str) -> Classifier:
-    """One of CLASSIFIERS or "encoder", untrained, for images (N, 3, 32, 32) and ten classes.
+def build_classifier(name: str, classes: int = 10) -> Classifier:
+    """One of CLASSIFIERS or "encoder", untrained, for images (N, 3, H, W) of at least 32 x 32.
 
     torchvision's model, edited for 32 x 32 images as in the paper's [35], under torchvision's
-    state_dict names, so that the weight files of that project load too.
-    Raises UserError on an unknown name.
+    state_dict names, so that the weight files of that project load too. The encoder takes images
+    from 16 x 16 up. Raises UserError on an unknown name.
     """
     if name == "encoder":
-        net = EncoderClassifier()
+        net = EncoderClassifier(classes)
     elif name in ("googlenet", "inception_v3"):
-        net = torchvision.models.get_model(name, num_classes=10, aux_logits=False,
+        net = torchvision.models.get_model(name, num_classes=classes, aux_logits=False,
                                            init_weights=True)
     elif name in CLASSIFIERS:
-        net = torchvision.models.get_model(name, num_classes=10)
+        net = torchvision.models.get_model(name, num_classes=classes)
     else:
         raise UserError(f"unknown classifier {name}: choose from {', '.join(CLASSIFIERS)}, encoder")
 
@@ -318,19 +318,27 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
                      device: str = "cpu", seed: int = 0) -> Classifier:
     """Train a classifier with plain cross-entropy, write it to path.pt and return it in eval mode.
 
-    `data` is as of load_cifar10, on `device`; "test" may be left out. The last weights are the
-    result: no image but those of "train" decides anything. Precision is "bf16" or "fp32", by
-    default what is faster here. After a stop, the same call goes on from the last finished epoch.
-    Raises UserError where path.pt exists, where a checkpoint is of other settings, and on a loss
-    that is not finite.
+    `data` is as of load_cifar10, on `device`, with any number of classes and images of any size
+    that the model takes; "test" may be left out. The last weights are the result: no image but
+    those of "train" decides anything. Precision is "bf16" or "fp32", by default what is faster
+    here. After a stop, the same call goes on from the last finished epoch; what is finished is
+    read from path.pt. Raises UserError where that or a checkpoint is of other settings, and on a
+    loss that is not finite.
     """
-    if os.path.exists(f"{path}.pt"):
-        raise UserError(f"{path}.pt is finished: delete it to train it again")
     precision = precision or choose_precision(device, "bf16")  # on a GPU too: no scaler
     images, labels = data["train"]
+    validation_images, validation_labels = data["validation"]
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "precision": precision,
-                "seed": seed, "training_images": len(images)}
+                "seed": seed, "training_images": list(images.shape)}
     model.to(device)
+    if os.path.exists(f"{path}.pt"):
+        content = load(f"{path}.pt")
+        check_settings(f"{path}.pt", content.get("meta", {}), settings)
+        load_weights(model.net, content["classifier"], f"{path}.pt")
+        validation_accuracy = accuracy(model.eval(), validation_images, validation_labels)
+        print(f"{path}.pt is finished, {validation_accuracy:.2f}% of the validation images: delete "
+              "it to train it again")
+        return model
     kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
     others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -378,7 +386,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
             raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr, "
                             "and delete its .checkpoint")
         with autocast(device, precision):
-            validation_accuracy = accuracy(model.eval(), *data["validation"])
+            validation_accuracy = accuracy(model.eval(), validation_images, validation_labels)
         log.append({"epoch": epoch, "loss": mean_loss, "validation_accuracy": validation_accuracy,
                     "seconds": seconds})
         checkpoint = {"model": model.state_dict(), "muon": muon.state_dict(),
@@ -391,7 +399,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     model.net.load_state_dict(weights)  # the accuracies are those of the stored weights
     model.eval()
     meta = settings | {"hardware": hardware(device), "log": log}
-    meta["validation_accuracy"] = accuracy(model, *data["validation"])
+    meta["validation_accuracy"] = accuracy(model, validation_images, validation_labels)
     if "test" in data:
         meta["test_accuracy"] = accuracy(model, *data["test"])
         print(f"{path}.pt  {meta['test_accuracy']:.2f}% of the test images")
@@ -451,6 +459,14 @@ def halve(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return copy
 
 
+def check_settings(file: str, before: dict, settings: dict) -> None:
+    """Raise UserError where what a file holds, made with `before`, is of other settings."""
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise UserError(f"{file} has {key} {before.get(key)}, not {value}: "
+                            "ask for that again, or delete it to start over")
+
+
 def load_checkpoint(path: str, settings: dict) -> dict | None:
     """What path.checkpoint holds, the state after the last finished epoch; None without one.
 
@@ -459,11 +475,7 @@ def load_checkpoint(path: str, settings: dict) -> dict | None:
     if not os.path.exists(f"{path}.checkpoint"):
         return None
     checkpoint = load(f"{path}.checkpoint")
-    before = checkpoint.get("settings", {})
-    for key, value in settings.items():
-        if before.get(key) != value:
-            raise UserError(f"{path}.checkpoint has {key} {before.get(key)}, not {value}: "
-                            "ask for that again, or delete it to start over")
+    check_settings(f"{path}.checkpoint", checkpoint.get("settings", {}), settings)
     print(f"{path}: going on after epoch {len(checkpoint['log'])}")
     return checkpoint
 

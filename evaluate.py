@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from operator import itemgetter
 
 import numpy as np
@@ -144,17 +145,33 @@ def describe_recovered(scores: dict) -> str:
             f"re-identified {scores['re_identified']:.1f}%")
 
 
+class Attacker(nn.Module):
+    """Protected images (N, 3, H, W) in [0, 1], H and W >= 16, to guesses at the originals."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2], x.shape[3]
+        x = F.pad(x, [0, -w % 16, 0, -h % 16], mode="reflect")  # up to a multiple of 16
+        x = self.unet(x)  # not normalised: it learns that
+        return x[:, :, :h, :w].sigmoid()
+
+
 def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, path: str, *,
                           epochs: int = 5, batch_size: int = 128, lr: float = 0.002,
-                          device: str = "cpu", seed: int = 0) -> dict:
+                          device: str = "cpu", seed: int = 0,
+                          classes: Sequence[str] = ()) -> dict:
     """Train a U-Net to undo a generator, as anyone can who has it (it ships in the app).
 
     The attacker has images of the same kind: it gets the protected training images, flipped too,
     in 8 bits, and learns to return the originals (squared error and 1 - SSIM, AdamW). Scores are of
     the first 1,000 test images, after each epoch: SSIM (signed), PSNR, and how many are
-    re-identified, nearest to their own original (chance: 0.1%). "class_mean" is what the class
-    alone gives away, "known_candidate_match" what is found by who has the originals and protects
-    them too. Writes path.json and path.png, and returns what is in the former.
+    re-identified, nearest to their own original (chance: 0.1% of 1,000). "class_mean" is what the
+    class alone gives away, "known_candidate_match" what is found by who has the originals and
+    protects them too. Writes path.json and path.png, where `classes` are the names of the labels,
+    and returns what is in the former.
     """
     images, labels = data["train"]
     test_images = data["test"][0][:1000]
@@ -165,8 +182,8 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     print(f"{path}: protecting {n:,} training images and their mirror images", flush=True)
     originals = torch.cat([images, images.flip(3)])
     protected = protect(generator, originals)
-    classes = int(labels.max()) + 1
-    class_means = [images[labels == label].float().mean(0) for label in range(classes)]
+    count = int(labels.max()) + 1
+    class_means = [images[labels == label].float().mean(0) for label in range(count)]
     guesses = torch.stack(class_means).round().to(torch.uint8)[test_labels]
     results = {
         "protected": score_recovered(sent, test_images, target, test_labels),
@@ -180,13 +197,14 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     }
 
     torch.manual_seed(seed)
-    attacker = nn.Sequential(UNet(), nn.Sigmoid())
+    attacker = Attacker()
     attacker.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(attacker.parameters(), lr=lr, fused=True)
     batch_size = min(batch_size, n)
     steps_per_epoch = n // batch_size
     steps = epochs * steps_per_epoch
-    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
+    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps; the mean image of the right class "
+          f"has {describe_recovered(results['class_mean'])}", flush=True)
     for epoch in range(1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)
         attacker.train()
@@ -199,7 +217,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
             batch = batch + n * flipped
             original = to_float(originals[batch])
             with autocast(device, precision):
-                recovered = attacker(to_float(protected[batch]))  # not normalised: it learns that
+                recovered = attacker(to_float(protected[batch]))
             recovered = recovered.float()
             error = F.mse_loss(recovered, original)
             similarity = ssim(original, recovered).mean()
@@ -219,7 +237,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     rows = [(f"a U-Net recovers, after {epochs} epochs: {describe_recovered(scores)}", []),
             (f"the mean image of the right class: {describe_recovered(results['class_mean'])}", [])]
     batches = {"original": test_images[:10], "protected": sent[:10], "recovered": recovered[:10]}
-    rows += image_rows(batches, test_labels[:10], {"target": target})
+    rows += image_rows(batches, test_labels[:10], {"target": target}, classes)
     draw_sheet(f"{path}.png", rows)
     return results
 
@@ -298,7 +316,7 @@ LABEL = 170  # the width of the first column
 def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
     """Write a PNG of rows of (label, cells), a title being a label without cells.
 
-    A cell is a uint8 image (3, 32, 32), drawn three times as large, or (text, colour, background).
+    A cell is a uint8 image (3, H, W), squeezed to 96 x 96, or (text, colour, background).
     """
     font = ImageFont.load_default(16)
     heights = []
@@ -329,13 +347,15 @@ def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
 
 
 @torch.no_grad()
-def image_rows(batches: dict[str, Tensor], labels: Tensor,
-               classifiers: dict[str, nn.Module]) -> list:
+def image_rows(batches: dict[str, Tensor], labels: Tensor, classifiers: dict[str, nn.Module],
+               classes: Sequence[str] = CLASSES) -> list:
     """Rows of a sheet: the classes, batches of uint8 images, and what is seen in the last one.
 
-    Batches and classifiers go by the words that stand before their row.
+    Batches and classifiers go by the words that stand before their row. A label without a name in
+    `classes` stands for itself.
     """
-    rows = [("", [(CLASSES[label], BLACK, WHITE) for label in labels.tolist()])]
+    names = dict(enumerate(classes))
+    rows = [("", [(names.get(label, str(label)), BLACK, WHITE) for label in labels.tolist()])]
     for name, images in batches.items():
         rows.append((name, list(images)))
     last = to_float(images)
@@ -344,7 +364,7 @@ def image_rows(batches: dict[str, Tensor], labels: Tensor,
         cells = []
         for prediction, label in zip(predictions.tolist(), labels.tolist()):
             colour = GREEN if prediction == label else RED
-            cells.append((CLASSES[prediction], colour, WHITE))
+            cells.append((names.get(prediction, str(prediction)), colour, WHITE))
         rows.append((f"{name} sees", cells))
     return rows
 
@@ -624,7 +644,7 @@ def main() -> None:
         if args.attack:
             reconstruction_attack(generator, classifiers[target], data,
                                   f"{args.out}/attack-{name}", epochs=args.attack,
-                                  device=args.device, seed=args.seed)
+                                  device=args.device, seed=args.seed, classes=CLASSES)
     if paper_form:
         print_table_2(results["summary"])
         draw_heatmaps(f"{args.out}/heatmaps.png", paper_form)

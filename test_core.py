@@ -31,10 +31,10 @@ import evaluate
 import export_mobile
 import train
 from classifiers import (Muon, UserError, accuracy, build_classifier, learning_rate, load_cifar10,
-                         load_classifier, random_crop_flip, save, to_float)
+                         load_classifier, random_crop_flip, save, to_float, train_classifier)
 from ssim import ssim
 from train import load_generator, protect, protective_loss, score, train_generator
-from unet import Encoder, Generator
+from unet import Generator
 
 pytestmark = pytest.mark.filterwarnings(  # PyTorch Mobile's, which export_mobile.py silences
     "ignore:.*torch.jit.script. is deprecated", "ignore:.*Lite Interpreter is deprecated")
@@ -470,7 +470,7 @@ def own():
     return {"train": (images[:98], labels[:98]), "validation": (images[98:], labels[98:])}
 
 
-def test_a_classifier_of_ones_own(tmp_path, own):
+def test_a_classifier_of_ones_own(tmp_path, own, capsys):
     service = make_service()
     before = [parameter.clone() for parameter in service.parameters()]
     path = str(tmp_path / "mine")
@@ -484,8 +484,15 @@ def test_a_classifier_of_ones_own(tmp_path, own):
     assert all(map(torch.equal, before, service.parameters()))
     with Image.open(f"{path}.png") as image:  # eight images above their protected versions
         assert image.size == (8 * (2 * 48 + 2) + 2, 2 * (2 * 40 + 2) + 2)  # twice as large
-    with pytest.raises(UserError, match="mine.pt is finished"):  # never an answer to another call
-        train_generator(make_service(), None, own, path, epochs=3)
+    again = train_generator(service, None, own, path, epochs=3, batch_size=16)
+    assert torch.equal(again.unet.exit.weight, generator.unet.exit.weight)
+    other = make_service()  # it gets the same file, with its own accuracy beside it
+    protected = protect(generator, own["validation"][0])
+    train_generator(other, None, own, path, epochs=3, batch_size=16)
+    measured = accuracy(other, protected, own["validation"][1])
+    assert f"mine.pt is finished, {measured:.2f}% of the protected" in capsys.readouterr().out
+    with pytest.raises(UserError, match="mine.pt has batch_size 16, not 256"):
+        train_generator(service, None, own, path, epochs=3)
     with pytest.raises(KeyError, match="float32"):
         train_generator(make_service(), None, own, path + "2", precision="float32")
     with pytest.raises(TypeError, match="epoch"):
@@ -510,15 +517,73 @@ def test_what_does_not_belong_together_is_refused_before_the_first_step(tmp_path
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("side", [16, 40])
+def test_encoder_generator_and_attack_take_any_classes_and_sizes(tmp_path, own, side):
+    """The encoder's layers arrive in the generator; what is finished is read, not trained again."""
+    data = {}
+    for split, (images, labels) in own.items():
+        data[split] = (images[:, :, :side, :side + 5], labels)
+    data["test"] = data["validation"]
+    torch.manual_seed(0)
+    service = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 7))
+    path = str(tmp_path / "encoder")
+    encoder = train_classifier(build_classifier("encoder", 7), data, path, epochs=2, batch_size=49)
+    generator = train_generator(service, None, data, str(tmp_path / "mine"), encoder=encoder,
+                                hardened=True)
+    assert generator.hardened
+    trained = generator.unet.encoder.levels.state_dict()
+    for name, value in encoder.net.levels.state_dict().items():
+        assert torch.equal(trained[name], value)
+    images, labels = data["test"]
+    results = evaluate.reconstruction_attack(generator, service, data, str(tmp_path / "attack"),
+                                             epochs=1, batch_size=49)
+    assert results["images"] == 42
+    assert json.loads((tmp_path / "attack.json").read_text()) == results
+
+    again = train_classifier(build_classifier("encoder", 7), data, path, epochs=2, batch_size=49)
+    assert torch.equal(again(to_float(images)), encoder(to_float(images)))
+    with pytest.raises(UserError, match="encoder.pt has epochs 2, not 3"):
+        train_classifier(build_classifier("encoder", 7), data, path, epochs=3, batch_size=49)
+
+
+def test_the_readme_lines_for_ones_own_do_what_they_say(tmp_path, own, monkeypatch, capsys):
+    """The README's Python, as it stands, on a folder of images of 40 x 48 in seven classes."""
+    images, labels = own["train"]
+    for i, (image, label) in enumerate(zip(images, labels.tolist())):
+        folder = tmp_path / "my-images" / f"class-{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    lines = (ROOT / "README.md").read_text()
+    blocks = [block.split("```")[0] for block in lines.split("```python\n")[1:]]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(48, 7))
+    names = {"MyClassifier": lambda: net}
+    for block in (blocks[0], *blocks):  # again: what is finished is read
+        exec(block, names)
+    assert names["protected"].dtype == torch.uint8
+    assert names["protected"].shape[1:] == (3, 64, 64)
+    for images, labels in names["data"].values():  # each image has kept its label
+        brightness = images.float().mean((1, 2, 3)) - 24.5  # the fixture's 30 * label, and noise
+        assert torch.equal((brightness / 30).round().long(), labels)
+    assert sum(len(labels) for _, labels in names["data"].values()) == 98
+    printed = capsys.readouterr().out
+    assert printed.count("my-encoder.pt is finished") == printed.count("mine.pt is finished") == 1
+    assert "runs/mine: the target recognises" in printed
+    assert sorted(os.listdir("runs")) == sorted([
+        "my-encoder.pt", "mine.jsonl", "mine.png", "mine.pt", "my-attack.json", "my-attack.png"])
+
+
+def stop_at_the_checkpoint(path, content):
+    save(path, content)
+    if path.endswith(".checkpoint"):
+        raise KeyboardInterrupt
+
+
 def test_the_best_epoch_travels_in_the_checkpoint(tmp_path, own, monkeypatch):
     """Stopped after an epoch and moved, no later epoch better: the best is what comes out."""
-    def stop(path, content):
-        save(path, content)
-        if path.endswith(".checkpoint"):
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save", stop)
+        patch.setattr(train, "save", stop_at_the_checkpoint)
         train_generator(make_service(), None, own, str(tmp_path / "first"), epochs=2, batch_size=16)
     checkpoint = torch.load(tmp_path / "first.checkpoint")
     checkpoint["best"]["meta"]["validation"]["loss"] = -1e9
@@ -558,22 +623,24 @@ def test_killed_run_goes_on_to_the_same_weights(workplace, monkeypatch, form, ca
 
 
 def test_settings_go_with_the_start(workplace, monkeypatch, capsys):
+    for words, expected in ((["--device", "cpu"], "encoder"),
+                            (["--device", "cpu", "--hardened"], "encoder"),
+                            (["--device", "cuda", "--hardened"], "encoder"),
+                            (["--device", "cpu", "--start", "random"], "random"),
+                            (["--device", "cuda"], "random")):
+        monkeypatch.setattr(sys, "argv", ["train.py", *PAIR, *words])
+        assert train.parse_arguments().start == expected
     encoder = {"start": "encoder", "epochs": 1, "batch_size": 64, "w_aux": 0.5}
     paper = {"start": "random", "epochs": 100, "batch_size": 256, "w_aux": 1.0}
-    for words, expected in ((["--device", "cpu"], encoder),
-                            (["--device", "cpu", "--hardened"], encoder),
-                            (["--device", "cuda", "--hardened"], encoder),
-                            (["--device", "cpu", "--start", "random"], paper),
-                            (["--device", "cuda"], paper),
-                            (["--device", "cuda", "--w-aux", "0"], paper | {"w_aux": 0.0})):
-        monkeypatch.setattr(sys, "argv", ["train.py", *PAIR, *words])
-        args = vars(train.parse_arguments())
-        assert {key: args[key] for key in expected} == expected
-    assert call(monkeypatch, train, *PAIR, "--device", "cpu") == 0
+    monkeypatch.setattr(train, "save", stop_at_the_checkpoint)
+    for words, expected in (([], encoder), (["--start", "random"], paper),
+                            (["--start", "random", "--w-aux", "0"], paper | {"w_aux": 0.0})):
+        assert call(monkeypatch, train, *PAIR, *words) == 130  # as after Ctrl-C
+        settings = torch.load(f"runs/{NAME}.checkpoint")["settings"]
+        expected = expected | {"lr": 0.005, "weight_decay": 0.0005, "w_target": 1, "w_ssim": 0.5}
+        assert {key: settings[key] for key in expected} == expected
+        os.remove(f"runs/{NAME}.checkpoint")
     assert "U starts from the trained encoder, frozen, with w_aux 0.5" in capsys.readouterr().out
-    meta = load_generator(f"runs/{NAME}.pt")[1]
-    encoder |= {"w_target": 1.0, "w_ssim": 0.5}
-    assert {key: meta[key] for key in encoder} == encoder
 
 
 def test_several_pairs_finished_ones_skipped_diverged_ones_named(workplace, monkeypatch, capsys):
@@ -1071,7 +1138,7 @@ def our_training(path, images, labels):
     """Images/s of train_generator itself, from its own log."""
     data = {"train": (images, labels), "validation": (images[:8], labels[:8])}
     train_generator(load_classifier("vgg13_bn"), load_classifier("resnet18"), data, path,
-                    encoder=Encoder(), epochs=1, batch_size=64)
+                    encoder=build_classifier("encoder"))
     line = Path(f"{path}.jsonl").read_text()
     return len(images) / json.loads(line)["seconds"]
 

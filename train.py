@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from classifiers import (CLASSIFIERS, SCORING_BATCH, UserError, accuracy, add_common_arguments,
-                         autocast, choose_precision, find_classifier, halve, hardware,
-                         learning_rate, load, load_checkpoint, load_cifar10, load_classifier,
-                         load_weights, positive_int, print_progress, random_crop_flip, run, save,
-                         to_float)
+from classifiers import (CLASSIFIERS, SCORING_BATCH, Classifier, UserError, accuracy,
+                         add_common_arguments, autocast, check_settings, choose_precision,
+                         find_classifier, halve, hardware, learning_rate, load, load_checkpoint,
+                         load_cifar10, load_classifier, load_weights, positive_int,
+                         print_progress, random_crop_flip, run, save, to_float)
 from ssim import ssim
-from unet import Encoder, Generator
+from unet import Generator
 
 Loss = namedtuple("Loss", "total target aux ssim")  # Eq. (4), then (1), (2) and (3)
 
@@ -157,48 +157,66 @@ def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> N
 
 
 def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: str, *,
-                    encoder: Encoder | None = None, hardened: bool = False, epochs: int = 100,
-                    batch_size: int = 256, lr: float = 0.005, weight_decay: float = 0.0005,
-                    w_target: float = 1.0, w_aux: float = 1.0, w_ssim: float = 0.5,
+                    encoder: Classifier | None = None, hardened: bool = False,
+                    epochs: int | None = None, batch_size: int | None = None, lr: float = 0.005,
+                    weight_decay: float = 0.0005, w_target: float = 1.0,
+                    w_aux: float | None = None, w_ssim: float = 0.5,
                     precision: str | None = None, device: str = "cpu", seed: int = 0,
                     meta: dict | None = None) -> Generator:
     """Algorithm 1, for any classifiers and images: train a generator and write it to path.pt.
 
     target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen.
     `data` is as of load_cifar10: "train" and "validation", each uint8 images (N, 3, H, W), H and W
-    >= 16, and int64 labels (N,). It is on `device`, as are all networks. A trained `encoder` is
-    copied and frozen; without one all of U starts at random, as in the paper. The defaults are
-    those of Section 4.1.3; with an encoder, pass **DEFAULTS["encoder"]. Precision is "fp16", "bf16"
-    or "fp32", by default 16 bits where they are fast.
+    >= 16, and int64 labels (N,). It is on `device`, as are all networks. `encoder` is a trained
+    build_classifier("encoder"): its layers are copied into U and frozen; without one all of U
+    starts at random, as in the paper. epochs, batch_size and w_aux are by default those of
+    DEFAULTS, the rest those of Section 4.1.3. Precision is "fp16", "bf16" or "fp32", by default 16
+    bits where they are fast.
 
     Returns the best epoch by validation loss (Figure 4), its kernels rounded to 16 bits; in the
     file are the settings, its scores (before rounding) and `meta` too. path.jsonl is the log;
     path.png shows eight validation images above what the best epoch makes of them. After a stop,
-    the same call goes on from the last finished epoch.
+    the same call goes on from the last finished epoch; what is finished is read from path.pt.
 
-    Raises UserError where path.pt exists, where a checkpoint is of other settings, and on a loss
-    that is not finite; ValueError where classifiers and data do not belong together.
+    Raises UserError where that or a checkpoint is of other settings, and on a loss that is not
+    finite; ValueError where classifiers and data do not belong together.
     """
-    if os.path.exists(f"{path}.pt"):
-        raise UserError(f"{path}.pt is finished: delete it to train it again")
+    start_of_u = "random" if encoder is None else "encoder"
+    if epochs is None:
+        epochs = DEFAULTS[start_of_u]["epochs"]
+    if batch_size is None:
+        batch_size = DEFAULTS[start_of_u]["batch_size"]
+    if w_aux is None:
+        w_aux = DEFAULTS[start_of_u]["w_aux"]
     precision = precision or choose_precision(device, "fp16")
     weights = (w_target, w_aux, w_ssim)
     images, labels = data["train"]
     validation_images, validation_labels = data["validation"]
-    settings = {"start": "random" if encoder is None else "encoder", "hardened": hardened,
-                "epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
+    settings = {"start": start_of_u, "hardened": hardened, "epochs": epochs,
+                "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
                 "w_target": w_target, "w_aux": w_aux, "w_ssim": w_ssim, "precision": precision,
-                "seed": seed, "training_images": len(images)}
+                "seed": seed, "training_images": list(images.shape)}
     for classifier in (target, aux):
         if classifier is not None:
             classifier.eval().requires_grad_(False)  # gradients pass through, nothing changes
             check_classifier(classifier, images, labels)
+    clean_accuracy = accuracy(target, validation_images, validation_labels)
+    print(f"{path}: the target recognises {clean_accuracy:.2f}% of the original validation images")
+    if os.path.exists(f"{path}.pt"):
+        generator, before = load_generator(f"{path}.pt")
+        check_settings(f"{path}.pt", before, settings)
+        generator.to(device)
+        protected = protect(generator, validation_images)
+        target_accuracy = accuracy(target, protected, validation_labels)
+        print(f"{path}.pt is finished, {target_accuracy:.2f}% of the protected ones: delete it to "
+              "train it again")
+        return generator
 
     torch.manual_seed(seed)
     generator = Generator(hardened)  # "Randomly initialize U"
     generator.to(device, memory_format=torch.channels_last)
     if encoder is not None:
-        generator.unet.encoder.levels.load_state_dict(encoder.levels.state_dict())
+        generator.unet.encoder.levels.load_state_dict(encoder.net.levels.state_dict())
         generator.unet.encoder.requires_grad_(False)
     parameters = [p for p in generator.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
@@ -218,8 +236,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     steps = epochs * steps_per_epoch
     print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
     if encoder is not None:
-        print(f"U starts from the trained encoder, frozen, with w_aux {w_aux}; --start random is "
-              "the paper's", flush=True)
+        print(f"U starts from the trained encoder, frozen, with w_aux {w_aux}; the paper's starts "
+              "at random", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)  # of each epoch: resumed or not, it draws the same
         generator.train()
@@ -346,9 +364,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.start is None:
         # Hardened, a random start loses the target: all that it reads is what the encoder sees.
         args.start = "encoder" if args.hardened or args.device == "cpu" else "random"
-    for name, value in DEFAULTS[args.start].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     return args
 
 
@@ -387,9 +402,7 @@ def main() -> None:
     classifiers = {"none": None}
     for name in needed:
         classifiers[name] = load_classifier(name, device)
-    encoder = None
-    if args.start == "encoder":
-        encoder = classifiers["encoder"].net
+    encoder = classifiers.get("encoder")
 
     failed = 0
     for target, aux in pairs:
