@@ -325,11 +325,12 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     read from path.pt. Raises UserError where that or a checkpoint is of other settings, and on a
     loss that is not finite.
     """
-    precision = precision or choose_precision(device, "bf16")  # on a GPU too: no scaler
     images, labels = data["train"]
     validation_images, validation_labels = data["validation"]
-    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "precision": precision,
-                "seed": seed, "training_images": list(images.shape)}
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
+                "training_images": list(images.shape)}
+    if precision is not None:  # its default is the machine's, and a finished file may travel
+        settings["precision"] = precision
     model.to(device)
     if os.path.exists(f"{path}.pt"):
         content = load(f"{path}.pt")
@@ -339,6 +340,8 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
         print(f"{path}.pt is finished, {validation_accuracy:.2f}% of the validation images: delete "
               "it to train it again")
         return model
+    precision = precision or choose_precision(device, "bf16")  # on a GPU too: no scaler
+    settings["precision"] = precision
     kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
     others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -379,9 +382,9 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
             loss_sum += loss.detach()
             if i % 50 == 49:
                 print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
+        mean_loss = loss_sum.item() / steps_per_epoch  # waits for a GPU
         seconds = time.monotonic() - start
 
-        mean_loss = loss_sum.item() / steps_per_epoch
         if not math.isfinite(mean_loss):
             raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr, "
                             "and delete its .checkpoint")
@@ -395,7 +398,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
         print(f"{path}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}, "
               f"validation {validation_accuracy:.2f}%", flush=True)
 
-    weights = halve(model.net.state_dict())
+    weights = to_16_bits(model.net.state_dict())
     model.net.load_state_dict(weights)  # the accuracies are those of the stored weights
     model.eval()
     meta = settings | {"hardware": hardware(device), "log": log}
@@ -450,7 +453,7 @@ def load_weights(model: nn.Module, weights: dict, path: str) -> None:
             raise UserError(f"{path} holds numbers that are not finite, in {name}")
 
 
-def halve(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_16_bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy on the CPU with kernels and matrices in 16 bits: a file of half the size."""
     copy = {name: value.cpu().clone() for name, value in weights.items()}
     for name, value in copy.items():
@@ -481,8 +484,10 @@ def load_checkpoint(path: str, settings: dict) -> dict | None:
 
 
 def choose_precision(device: str, on_gpu: str) -> str:
-    """`on_gpu` on a GPU; "bf16" on a CPU that has the instructions, else "fp32", faster there."""
+    """`on_gpu` on a GPU; "bf16" only where it is in the hardware; else "fp32", faster there."""
     if device.startswith("cuda"):
+        if on_gpu == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return "fp32"
         return on_gpu
     if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bf16"
@@ -532,7 +537,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def run(main) -> None:
     """Call a script's main: exit code 1 and one line for a UserError, 130 after Ctrl-C."""
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, here and in matrix products
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
         main()
     except UserError as error:

@@ -131,7 +131,7 @@ def re_identified(images: Tensor, candidates: Tensor) -> float:
 
 def score_recovered(recovered: Tensor, originals: Tensor, target: nn.Module,
                     labels: Tensor) -> dict:
-    """How much of the originals an attacker got back, both uint8 (N, 3, H, W)."""
+    """How much of the originals an attacker got back, both uint8 (N, 3, H, W); SSIM signed."""
     return {
         "ssim": ssim(to_float(originals), to_float(recovered)).mean().item(),
         "psnr": psnr(originals, recovered),
@@ -271,12 +271,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}"
 
 
-def print_scores(name: str, result: dict) -> None:
+def print_scores(result: dict) -> None:
     """One generator's entry of results.json, for people."""
     pixels = result["correlation"]
     blocks = result["correlation_4x4"]
     jpeg_accuracy = result["jpeg"]
-    print(f"\n{name}")
     print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
           f"auxiliary {number(result['aux_accuracy'])}%")
     print(f"  target, after JPEG of quality 75: 4:4:4 {jpeg_accuracy['4:4:4']:.2f}%, "
@@ -358,7 +357,7 @@ def image_rows(batches: dict[str, Tensor], labels: Tensor, classifiers: dict[str
     rows = [("", [(names.get(label, str(label)), BLACK, WHITE) for label in labels.tolist()])]
     for name, images in batches.items():
         rows.append((name, list(images)))
-    last = to_float(images)
+    last = to_float(list(batches.values())[-1])
     for name, classifier in classifiers.items():
         predictions = classifier(last).argmax(1)
         cells = []
@@ -616,9 +615,10 @@ def main() -> None:
     if args.timing:
         results["timing"] = time_networks(args.device)
     paper_form = []  # what belongs into the paper's tables
-    few = first_of_class(labels)[::2]  # Figure 9 shows every second class
+    few = first_of_class(labels)[::2]  # every second class is enough for Figure 9
     few_protected = {}
-    for name, path in name_files(paths).items():
+    for i, (name, path) in enumerate(name_files(paths).items(), 1):
+        print(f"\n{name} ({i} of {len(paths)})", flush=True)
         generator, meta = open_generator(path)
         generator.to(args.device)
         target, aux = meta["target"], meta["aux"]
@@ -633,7 +633,7 @@ def main() -> None:
         results["summary"] = summarise(paper_form)
         save(f"{args.out}/results.json", json.dumps(results, indent=1).encode())
         draw_examples(args.out, name, result, images, protected, labels, classifiers)
-        print_scores(name, result)
+        print_scores(result)
         before = meta.get("clean_target_accuracy", clean[target])
         if abs(before - clean[target]) > 0.5 and not args.limit and not meta.get("limit"):
             print(f"  note: it was trained for another {target}, of {before:.2f}%")

@@ -11,13 +11,12 @@ C2 = 0.03 ** 2
 
 def blur_matrix(size: int, device: torch.device) -> Tensor:
     """Matrix (size - 10, size) that blurs a line of pixels, wherever the window lies inside it."""
-    distance = torch.arange(WINDOW) - WINDOW // 2
+    pixel = torch.arange(size, device=device)
+    centre = torch.arange(size - WINDOW + 1, device=device)[:, None] + WINDOW // 2
+    distance = pixel - centre
     gauss = torch.exp(-(distance ** 2) / (2 * SIGMA ** 2))
-    gauss = gauss / gauss.sum()
-    matrix = torch.zeros(size - WINDOW + 1, size)
-    for i in range(len(matrix)):
-        matrix[i, i:i + WINDOW] = gauss
-    return matrix.to(device)
+    gauss = gauss.where(distance.abs() <= WINDOW // 2, 0)
+    return gauss / gauss[0, :WINDOW].sum()  # every row holds the whole window
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -25,7 +24,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Mean over channels and window positions, signed (negative where structure is inverted),
     differentiable. Always in float32, whatever the caller's autocast says: variances cancel badly
-    in 16 bits (and in TF32, which PyTorch leaves off). Raises ValueError on a wrong shape.
+    in 16 bits, and in TF32, which run() in classifiers.py turns off. Raises ValueError on a wrong
+    shape.
     """
     if x.dim() != 4 or x.shape != y.shape:
         raise ValueError(f"ssim takes two (N, C, H, W) batches, got {x.shape} and {y.shape}")

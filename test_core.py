@@ -118,7 +118,8 @@ def call(monkeypatch, script, *words):
 
 # The same as a process of its own, on the few images.
 PROCESS = """
-import sys, torch, classifiers
+import signal, sys, torch, classifiers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
 classifiers.load_cifar10 = lambda *_: torch.load("runs/few.pt")
 script = __import__(sys.argv.pop(1))
 classifiers.run(script.main)
@@ -346,6 +347,13 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert rates[-1] < 1e-7
 
 
+def test_bf16_only_where_the_hardware_has_it(monkeypatch):
+    for supported, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+        assert classifiers.choose_precision("cuda:1", "bf16") == expected
+        assert classifiers.choose_precision("cuda", "fp16") == "fp16"
+
+
 @pytest.mark.parametrize("shape", [(16, 8, 3, 3), (64, 3, 3, 3)])  # a wide matrix and a tall one
 def test_muon_steps_by_the_nearest_orthogonal_matrix(shape):
     """Two steps, against the singular value decomposition of the Nesterov momentum, by hand."""
@@ -387,6 +395,40 @@ def test_classifier_training_learns_and_resumes_bit_for_bit(workplace, monkeypat
     again = torch.load("runs/encoder.pt")["classifier"]
     for name, value in whole["classifier"].items():
         assert torch.equal(value, again[name])
+
+
+def test_a_classifiers_losses_are_those_of_plain_training_by_hand(tmp_path, own):
+    """Order, augmentation, both optimizers and their schedule: each changes these numbers."""
+    data = {split: (x[:32], y[:32]) for split, (x, y) in own.items()}
+    images, labels = data["train"]
+    torch.manual_seed(0)
+    model = build_classifier("encoder", 7)
+    copy = build_classifier("encoder", 7)
+    copy.load_state_dict(model.state_dict())
+    train_classifier(model, data, f"{tmp_path}/a", epochs=2, batch_size=16, precision="fp32",
+                     seed=5)
+    log = torch.load(tmp_path / "a.pt")["meta"]["log"]
+
+    kernels = [p for p in copy.parameters() if p.dim() == 4]
+    others = [p for p in copy.parameters() if p.dim() != 4]
+    optimizers = [Muon(kernels, 0, momentum=0.9, dtype=torch.float32),
+                  torch.optim.SGD(others, momentum=0.9, nesterov=True, weight_decay=1e-3)]
+    rates = [learning_rate(step, 4, 0.03) for step in range(4)]
+    for epoch in (1, 2):
+        torch.manual_seed(5000 + epoch)
+        losses = []
+        for batch in torch.randperm(32).split(16):
+            logits = copy.train()(classifiers.random_crop_flip(images[batch]) / 255)
+            loss = -logits.log_softmax(1)[torch.arange(16), labels[batch]].mean()
+            losses.append(loss.item())
+            copy.zero_grad()
+            loss.backward()
+            rate = rates.pop(0)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = rate
+                optimizer.step()
+        expected = np.mean(losses)
+        assert log[epoch - 1]["loss"] == pytest.approx(expected, abs=1e-4 if epoch == 1 else 2e-3)
 
 
 # --- train.py -------------------------------------------------------------------------------------
@@ -470,7 +512,7 @@ def own():
     return {"train": (images[:98], labels[:98]), "validation": (images[98:], labels[98:])}
 
 
-def test_a_classifier_of_ones_own(tmp_path, own, capsys):
+def test_a_classifier_of_ones_own(tmp_path, own, capsys, monkeypatch):
     service = make_service()
     before = [parameter.clone() for parameter in service.parameters()]
     path = str(tmp_path / "mine")
@@ -486,6 +528,7 @@ def test_a_classifier_of_ones_own(tmp_path, own, capsys):
         assert image.size == (8 * (2 * 48 + 2) + 2, 2 * (2 * 40 + 2) + 2)  # twice as large
     other = make_service()  # it gets the finished file, with its own accuracy beside it
     capsys.readouterr()
+    monkeypatch.setattr(train, "choose_precision", lambda *_: "fp16")  # another machine's default
     again = train_generator(other, None, own, path, epochs=3, batch_size=16)
     assert torch.equal(again.unet.exit.weight, generator.unet.exit.weight)
     protected = protect(generator, own["validation"][0])
@@ -493,6 +536,8 @@ def test_a_classifier_of_ones_own(tmp_path, own, capsys):
     assert f"mine.pt is finished, {measured:.2f}% of the protected" in capsys.readouterr().out
     with pytest.raises(UserError, match="mine.pt has batch_size 16, not 256"):
         train_generator(service, None, own, path, epochs=3)
+    with pytest.raises(UserError, match="mine.pt has precision .*, not fp16"):
+        train_generator(service, None, own, path, epochs=3, batch_size=16, precision="fp16")
     with pytest.raises(KeyError, match="float32"):
         train_generator(make_service(), None, own, path + "2", precision="float32")
     with pytest.raises(TypeError, match="epoch"):
@@ -668,19 +713,91 @@ def test_several_pairs_finished_ones_skipped_diverged_ones_named(workplace, monk
     assert not os.path.exists(f"runs/{NAME}.pt")
 
 
+def test_googlenet_with_vgg13_bn_has_the_lower_learning_rate(workplace, monkeypatch):
+    """As in Section 4.1.3, unless --lr says otherwise."""
+    rates = {}
+
+    def note(target, aux, data, path, **settings):
+        rates[os.path.basename(path)] = settings["lr"]
+
+    monkeypatch.setattr(train, "find_classifier", lambda name: name)
+    monkeypatch.setattr(train, "load_classifier", lambda name, device: nn.Identity())
+    monkeypatch.setattr(train, "accuracy", lambda *_: 90.0)
+    monkeypatch.setattr(train, "train_generator", note)
+    words = ["--target", "googlenet", "vgg13_bn", "--aux", "vgg13_bn", "resnet18"]
+    assert call(monkeypatch, train, *words) == 0
+    assert rates == {"generator-googlenet-vgg13_bn": 0.001, "generator-googlenet-resnet18": 0.005,
+                     "generator-vgg13_bn-resnet18": 0.005}
+    assert call(monkeypatch, train, *words, "--lr", "0.002") == 0
+    assert set(rates.values()) == {0.002}
+
+
 def test_all_means_the_64_generators_of_table_2():
     pairs = train.choose_pairs(["all"], ["all", "none"])
     assert len(set(pairs)) == len(pairs) == 8 * 7 + 8
     assert train.choose_pairs(["resnet18"], ["none"]) == [("resnet18", "none")]
 
 
-def follow(device, precision, own, path):
-    """The loss of each of three epochs of two steps, on images of 16 x 16."""
+@pytest.mark.parametrize("hardened", [False, True])
+def test_the_losses_are_those_of_algorithm_1_by_hand(tmp_path, own, hardened):
+    """Order, augmentation, channel, weights, schedule and decay: each changes these numbers."""
+    data = {split: (x[:32], y[:32]) for split, (x, y) in own.items()}
+    images, labels = data["train"]
     torch.manual_seed(0)
-    service = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(48, 7)).to(device)
-    data = {}
-    for split, (images, labels) in own.items():
-        data[split] = (images[:16, :, :16, :16].to(device), labels[:16].to(device))
+    target, aux = make_service(), make_service()
+    encoder = build_classifier("encoder", 7).eval() if hardened else None
+    train_generator(target, aux, data, f"{tmp_path}/a", encoder=encoder, hardened=hardened,
+                    epochs=2, batch_size=16, lr=0.01, weight_decay=0.5, w_target=2.0, w_aux=3.0,
+                    w_ssim=4.0, precision="fp32", seed=5)
+    log = [json.loads(line)["train"] for line in open(f"{tmp_path}/a.jsonl")]
+
+    torch.manual_seed(5)
+    generator = Generator(hardened).train()
+    generator.to(memory_format=torch.channels_last)  # as the noise of the channel is drawn
+    learning = list(generator.parameters())
+    if hardened:
+        generator.unet.encoder.levels.load_state_dict(encoder.net.levels.state_dict())
+        generator.unet.encoder.eval()  # frozen
+        learning = [p for name, p in generator.named_parameters() if "encoder" not in name]
+    optimizer = torch.optim.AdamW(learning, weight_decay=0.5)
+    rates = [learning_rate(step, 4, 0.01) for step in range(4)]
+    for epoch in (1, 2):
+        torch.manual_seed(5000 + epoch)
+        order = torch.randperm(32)
+        sums = torch.zeros(4)
+        for batch in order.split(16):
+            x = classifiers.random_crop_flip(images[batch]) / 255
+            protected = generator(x)
+            received = train.lossy_channel(protected) if hardened else protected
+            hits = torch.arange(16), labels[batch]
+            loss_target = -target(received).log_softmax(1)[hits].mean()  # Eq. (1)
+            loss_aux = aux(received).log_softmax(1)[hits].mean()  # Eq. (2)
+            loss_ssim = ssim(x, protected).mean()  # Eq. (3)
+            total = 2 * loss_target + 3 * loss_aux + 4 * loss_ssim  # Eq. (4)
+            optimizer.param_groups[0]["lr"] = rates.pop(0)
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+            sums += torch.stack([total, loss_target, loss_aux, loss_ssim]).detach()
+        expected = dict(zip(("total", "target", "aux", "ssim"), (sums / 2).tolist()))
+        assert log[epoch - 1] == pytest.approx(expected, abs=1e-4 if epoch == 1 else 2e-3)
+
+
+def shrink(own, device):
+    """16 images of 16 x 16 of each split."""
+    return {split: (images[:16, :, :16, :16].to(device), labels[:16].to(device))
+            for split, (images, labels) in own.items()}
+
+
+def make_small_service(device):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(48, 7)).to(device)
+
+
+def follow(device, precision, own, path):
+    """The loss of each of three epochs of two steps."""
+    service = make_small_service(device)
+    data = shrink(own, device)
     train_generator(service, service, data, path, epochs=3, batch_size=8, lr=1e-4, w_aux=0.5,
                     precision=precision, device=device)
     return [json.loads(line)["train"]["total"] for line in open(f"{path}.jsonl")]
@@ -693,6 +810,27 @@ def test_fp16_with_its_scaler_follows_float32(tmp_path, own, device):
     assert losses == pytest.approx(expected, rel=0.02)
     assert losses != expected  # it did compute in 16 bits
     assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_a_stopped_fp16_run_goes_on_with_its_scale(tmp_path, own, monkeypatch, device):
+    """The first steps overflow in 16 bits; from there on the gradients are scaled down."""
+    data = shrink(own, device)
+    settings = {"epochs": 2, "batch_size": 4, "w_target": 10.0, "precision": "fp16",
+                "device": device}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save", stop_at_the_checkpoint)
+        train_generator(make_small_service(device), None, data, f"{tmp_path}/stopped", **settings)
+    checkpoint = torch.load(tmp_path / "stopped.checkpoint")
+    done = checkpoint["optimizer"]["state"][0]["step"].item()
+    assert 0 < done < 4
+    assert checkpoint["scaler"]["scale"] == 65536 / 2 ** (4 - done)  # halved for each one skipped
+    losses = []
+    for name in ("stopped", "whole"):
+        train_generator(make_small_service(device), None, data, f"{tmp_path}/{name}", **settings)
+        log = [json.loads(line) for line in open(f"{tmp_path}/{name}.jsonl")]
+        losses.append([epoch["train"]["total"] for epoch in log])
+    assert losses[0] == pytest.approx(losses[1], rel=0 if device == "cpu" else 0.01)
 
 
 def test_interrupt_is_one_line(workplace):
@@ -996,6 +1134,11 @@ def test_images_of_ones_own_are_shrunk_upright_and_on_white(workplace, monkeypat
         line = call(monkeypatch, evaluate, "--image", "colour.png", name, "--out", "none")
         assert name in line and "\n" not in line
     assert not os.path.exists("none")
+
+
+def test_milliseconds_are_an_images():
+    """A network that takes 20 ms for a batch of four takes 5 ms an image."""
+    assert 5 <= evaluate.milliseconds(lambda x: time.sleep(0.02), 4, "cpu") < 10
 
 
 # --- export_mobile.py -----------------------------------------------------------------------------

@@ -21,9 +21,9 @@ from torchvision.utils import make_grid
 
 from classifiers import (CLASSIFIERS, SCORING_BATCH, Classifier, UserError, accuracy,
                          add_common_arguments, autocast, check_settings, choose_precision,
-                         find_classifier, halve, hardware, learning_rate, load, load_checkpoint,
+                         find_classifier, hardware, learning_rate, load, load_checkpoint,
                          load_cifar10, load_classifier, load_weights, positive_int,
-                         print_progress, random_crop_flip, run, save, to_float)
+                         print_progress, random_crop_flip, run, save, to_16_bits, to_float)
 from ssim import ssim
 from unet import Generator
 
@@ -188,14 +188,15 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         batch_size = DEFAULTS[start_of_u]["batch_size"]
     if w_aux is None:
         w_aux = DEFAULTS[start_of_u]["w_aux"]
-    precision = precision or choose_precision(device, "fp16")
     weights = (w_target, w_aux, w_ssim)
     images, labels = data["train"]
     validation_images, validation_labels = data["validation"]
     settings = {"start": start_of_u, "hardened": hardened, "epochs": epochs,
                 "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
-                "w_target": w_target, "w_aux": w_aux, "w_ssim": w_ssim, "precision": precision,
-                "seed": seed, "training_images": list(images.shape)}
+                "w_target": w_target, "w_aux": w_aux, "w_ssim": w_ssim, "seed": seed,
+                "training_images": list(images.shape)}
+    if precision is not None:  # its default is the machine's, and a finished file may travel
+        settings["precision"] = precision
     for classifier in (target, aux):
         if classifier is not None:
             classifier.eval().requires_grad_(False)  # gradients pass through, nothing changes
@@ -212,6 +213,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
               "train it again")
         return generator
 
+    precision = precision or choose_precision(device, "fp16")
+    settings["precision"] = precision
     torch.manual_seed(seed)
     generator = Generator(hardened)  # "Randomly initialize U"
     generator.to(device, memory_format=torch.channels_last)
@@ -260,7 +263,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
                 aux_logits = None
                 if aux is not None:
                     aux_logits = aux(received)
-            # What leaves the phone is to hide; what arrives is to be recognised.
+            # Eq. (3) looks at what leaves the phone, the classifiers at what arrives.
             loss = protective_loss(x, protected, target_logits, aux_logits, y, *weights)
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
             scaler.scale(loss.total).backward()
@@ -270,21 +273,25 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
             loss_sum += torch.stack(loss).detach()
             if i % 50 == 49:
                 print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
+        train_loss = Loss(*(loss_sum / steps_per_epoch).tolist())  # waits for a GPU
         seconds = time.monotonic() - start
 
-        train_loss = Loss(*(loss_sum / steps_per_epoch).tolist())
+        diverged = UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr "
+                             "or --precision fp32, and delete its .checkpoint")
+        if not math.isfinite(train_loss.total):
+            raise diverged
         generator.eval()
         with autocast(device, precision):  # quicker; evaluate.py reports in float32
             protected = protect(generator, validation_images)
             scores = score(validation_images, protected, target, aux, validation_labels, weights)
-        if not math.isfinite(train_loss.total + scores["loss"]):
-            raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr "
-                            "or --precision fp32, and delete its .checkpoint")
+        if not math.isfinite(scores["loss"]):
+            raise diverged
         log.append({"epoch": epoch, "train": train_loss._asdict(), "validation": scores,
                     "seconds": seconds})
         if best is None or scores["loss"] < best["meta"]["validation"]["loss"]:
             facts = settings | log[-1] | {"hardware": hardware(device)}
-            best = {"generator": halve(generator.state_dict()), "meta": facts | (meta or {})}
+            best = {"generator": to_16_bits(generator.state_dict()),
+                    "meta": facts | (meta or {})}
             shown = torch.cat([validation_images[:8], protected[:8]])
             zoom = max(1, 128 // shown.shape[3])  # 32 pixels are too few to judge by
             shown = shown.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)

@@ -2,9 +2,9 @@
 
     protected = clamp(x + delta),  delta = U(x)
 
-One forward pass of a fully convolutional network: the cost does not depend on the target
-classifier, and the same 7,766,051 weights take an image of any size from 16 x 16 up
-(Section 4.3.1). They hide it at the size that they were trained for.
+One forward pass of a fully convolutional network: the same 7,766,051 weights take an image of any
+size from 16 x 16 up (Section 4.3.1), and the cost does not depend on the target classifier
+(Section 4.3.2). They hide it at the size that they were trained for.
 """
 
 import torch
