@@ -321,16 +321,14 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     `data` is as of load_cifar10, on `device`, with any number of classes and images of any size
     that the model takes; "test" may be left out. The last weights are the result: no image but
     those of "train" decides anything. Precision is "bf16" or "fp32", by default what is faster
-    here. After a stop, the same call goes on from the last finished epoch; what is finished is
-    read from path.pt. Raises UserError where that or a checkpoint is of other settings, and on a
-    loss that is not finite.
+    here; a finished file of either is read then. After a stop, the same call goes on from the last
+    finished epoch; what is finished is read from path.pt. Raises UserError where that or a
+    checkpoint is of other settings, and on a loss that is not finite.
     """
     images, labels = data["train"]
     validation_images, validation_labels = data["validation"]
-    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed,
-                "training_images": list(images.shape)}
-    if precision is not None:  # its default is the machine's, and a finished file may travel
-        settings["precision"] = precision
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "precision": precision,
+                "seed": seed, "training_images": list(images.shape)}
     model.to(device)
     if os.path.exists(f"{path}.pt"):
         content = load(f"{path}.pt")
@@ -463,9 +461,9 @@ def to_16_bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_settings(file: str, before: dict, settings: dict) -> None:
-    """Raise UserError where what a file holds, made with `before`, is of other settings."""
+    """Raise UserError where a file was made with other settings, `before`; None is any."""
     for key, value in settings.items():
-        if before.get(key) != value:
+        if value is not None and before.get(key) != value:
             raise UserError(f"{file} has {key} {before.get(key)}, not {value}: "
                             "ask for that again, or delete it to start over")
 
@@ -484,9 +482,9 @@ def load_checkpoint(path: str, settings: dict) -> dict | None:
 
 
 def choose_precision(device: str, on_gpu: str) -> str:
-    """`on_gpu` on a GPU; "bf16" only where it is in the hardware; else "fp32", faster there."""
+    """`on_gpu` on a GPU; "bf16" only where the hardware has it, else "fp32", faster there."""
     if device.startswith("cuda"):
-        if on_gpu == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if on_gpu == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
             return "fp32"
         return on_gpu
     if device == "cpu" and torch.cpu._is_avx512_bf16_supported():
@@ -537,8 +535,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 def run(main) -> None:
     """Call a script's main: exit code 1 and one line for a UserError, 130 after Ctrl-C."""
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, here and in matrix products
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions
+    torch.backends.cuda.matmul.allow_tf32 = False  # and in matrix products
     try:
         main()
     except UserError as error:

@@ -24,8 +24,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Mean over channels and window positions, signed (negative where structure is inverted),
     differentiable. Always in float32, whatever the caller's autocast says: variances cancel badly
-    in 16 bits, and in TF32, which run() in classifiers.py turns off. Raises ValueError on a wrong
-    shape.
+    in 16 bits (and in TF32, which PyTorch leaves off in matrix products). Raises ValueError on a
+    wrong shape.
     """
     if x.dim() != 4 or x.shape != y.shape:
         raise ValueError(f"ssim takes two (N, C, H, W) batches, got {x.shape} and {y.shape}")

@@ -171,7 +171,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     build_classifier("encoder"): its layers are copied into U and frozen; without one all of U
     starts at random, as in the paper. epochs, batch_size and w_aux are by default those of
     DEFAULTS, the rest those of Section 4.1.3. Precision is "fp16", "bf16" or "fp32", by default 16
-    bits where they are fast.
+    bits where they are fast; a finished file of any is read then.
 
     Returns the best epoch by validation loss (Figure 4), its kernels rounded to 16 bits; in the
     file are the settings, its scores (before rounding) and `meta` too. path.jsonl is the log;
@@ -193,10 +193,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     validation_images, validation_labels = data["validation"]
     settings = {"start": start_of_u, "hardened": hardened, "epochs": epochs,
                 "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
-                "w_target": w_target, "w_aux": w_aux, "w_ssim": w_ssim, "seed": seed,
-                "training_images": list(images.shape)}
-    if precision is not None:  # its default is the machine's, and a finished file may travel
-        settings["precision"] = precision
+                "w_target": w_target, "w_aux": w_aux, "w_ssim": w_ssim, "precision": precision,
+                "seed": seed, "training_images": list(images.shape)}
     for classifier in (target, aux):
         if classifier is not None:
             classifier.eval().requires_grad_(False)  # gradients pass through, nothing changes
@@ -276,16 +274,16 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         train_loss = Loss(*(loss_sum / steps_per_epoch).tolist())  # waits for a GPU
         seconds = time.monotonic() - start
 
-        diverged = UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr "
-                             "or --precision fp32, and delete its .checkpoint")
+        diverged = (f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr or "
+                    "--precision fp32, and delete its .checkpoint")
         if not math.isfinite(train_loss.total):
-            raise diverged
+            raise UserError(diverged)
         generator.eval()
         with autocast(device, precision):  # quicker; evaluate.py reports in float32
             protected = protect(generator, validation_images)
             scores = score(validation_images, protected, target, aux, validation_labels, weights)
         if not math.isfinite(scores["loss"]):
-            raise diverged
+            raise UserError(diverged)
         log.append({"epoch": epoch, "train": train_loss._asdict(), "validation": scores,
                     "seconds": seconds})
         if best is None or scores["loss"] < best["meta"]["validation"]["loss"]:
