@@ -427,8 +427,8 @@ def test_a_classifiers_losses_are_those_of_plain_training_by_hand(tmp_path, own)
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = rate
                 optimizer.step()
-        expected = np.mean(losses)
-        assert log[epoch - 1]["loss"] == pytest.approx(expected, abs=1e-4 if epoch == 1 else 2e-3)
+        tolerance = 1e-4 if epoch == 1 else 2e-3  # rounding grows from step to step
+        assert log[epoch - 1]["loss"] == pytest.approx(np.mean(losses), abs=tolerance)
 
 
 # --- train.py -------------------------------------------------------------------------------------
@@ -769,9 +769,9 @@ def test_the_losses_are_those_of_algorithm_1_by_hand(tmp_path, own, hardened):
             x = classifiers.random_crop_flip(images[batch]) / 255
             protected = generator(x)
             received = train.lossy_channel(protected) if hardened else protected
-            hits = torch.arange(16), labels[batch]
-            loss_target = -target(received).log_softmax(1)[hits].mean()  # Eq. (1)
-            loss_aux = aux(received).log_softmax(1)[hits].mean()  # Eq. (2)
+            true_class = torch.arange(16), labels[batch]
+            loss_target = -target(received).log_softmax(1)[true_class].mean()  # Eq. (1)
+            loss_aux = aux(received).log_softmax(1)[true_class].mean()  # Eq. (2)
             loss_ssim = ssim(x, protected).mean()  # Eq. (3)
             total = 2 * loss_target + 3 * loss_aux + 4 * loss_ssim  # Eq. (4)
             optimizer.param_groups[0]["lr"] = rates.pop(0)
@@ -780,7 +780,8 @@ def test_the_losses_are_those_of_algorithm_1_by_hand(tmp_path, own, hardened):
             optimizer.step()
             sums += torch.stack([total, loss_target, loss_aux, loss_ssim]).detach()
         expected = dict(zip(("total", "target", "aux", "ssim"), (sums / 2).tolist()))
-        assert log[epoch - 1] == pytest.approx(expected, abs=1e-4 if epoch == 1 else 2e-3)
+        tolerance = 1e-4 if epoch == 1 else 2e-3  # rounding grows from step to step
+        assert log[epoch - 1] == pytest.approx(expected, abs=tolerance)
 
 
 def shrink(own, device):
@@ -906,7 +907,8 @@ def test_what_ships_hides_and_scores_what_the_results_say(data, monkeypatch, nam
         assert received < 20  # the paper's form does not survive it
 
 
-def test_readme_and_results_say_what_was_measured():
+def test_readme_and_report_say_what_the_four_generators_scored():
+    """What ships, and what the paper's own settings gave: their scores and the attacks on them."""
     readme = (ROOT / "README.md").read_text()
     report = (ROOT / "assets" / "results.md").read_text()
     results = json.loads((ROOT / "assets" / "results.json").read_text())
@@ -956,6 +958,10 @@ def test_readme_and_results_say_what_was_measured():
              for name in ("vgg13_bn-resnet18", "resnet18-vgg13_bn")]
     assert f"lose {drops[0]:.2f} and {drops[1]:.2f} points" in readme
 
+
+def test_the_report_says_what_all_pairs_scored():
+    report = (ROOT / "assets" / "results.md").read_text()
+    results = json.loads((ROOT / "assets" / "results.json").read_text())
     hardened = {}
     paper_form = []
     for result in results["generators"].values():
@@ -975,10 +981,12 @@ def test_readme_and_results_say_what_was_measured():
     assert f"{summary['pairs_under_5_points']} of {len(pairs)} pairs lose under 5" in report
     similarities = [e["ssim"] for e in pairs]
     assert f"|SSIM| is {min(similarities):.3f} to {max(similarities):.3f}" in report
-    few_kept = [e["jpeg"]["4:4:4"] for e in pairs]
-    most_kept = max(e["jpeg"]["4:2:0"] for e in pairs)
-    assert (f"4:4:4 leaves the 12 pairs {min(few_kept):.2f}% to {max(few_kept):.2f}%, 4:2:0 at "
-            f"most {most_kept:.2f}%") in report
+    full_colour = [e["jpeg"]["4:4:4"] for e in pairs]
+    half_colour = [e["jpeg"]["4:2:0"] for e in pairs]
+    assert (f"4:4:4 leaves the 12 pairs {min(full_colour):.2f}% to {max(full_colour):.2f}%, 4:2:0 "
+            f"at most {max(half_colour):.2f}%") in report
+    least = min(min(e["jpeg"].values()) for e in hardened.values())
+    assert f"hardened, both leave at least {least:.2f}%" in report
     unseen = max(value for e in pairs for value in e["unseen"].values())
     assert f"recognises at most {unseen:.2f}%" in report
     unseen = max(value for e in hardened.values() for value in e["unseen"].values())
