@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments, autocast,
-                         build_classifier, choose_precision, find_classifier, hardware,
-                         learning_rate, load_cifar10, load_classifier, positive_int,
+                         build_classifier, choose_precision, find_classifier, fingerprint,
+                         hardware, learning_rate, load_cifar10, load_classifier, positive_int,
                          print_progress, run, save, to_float)
 from ssim import ssim
-from train import encode_png, load_generator, protect, score
+from train import FORMS, encode_png, load_generator, protect, score
 from unet import Generator, UNet
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -104,6 +104,7 @@ def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, cl
     protected = protect(generator, images)
     target = classifiers[target_name]
     result = score(images, protected, target, classifiers.get(aux_name), labels)
+    del result["loss"]  # each form is trained with a loss of its own
     result["target"] = target_name
     result["aux"] = aux_name
     result["clean_target_accuracy"] = clean[target_name]
@@ -191,6 +192,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
         "known_candidate_match": re_identified(sent, protect(generator, test_images)),
         "images": len(test_images),
         "training_images": n,
+        "precision": precision,
         "seed": seed,
         "hardware": hardware(device),
         "epochs": [],
@@ -288,8 +290,8 @@ def print_scores(result: dict) -> None:
           f"over 4 x 4 blocks {blocks['own']:.3f} / {blocks['other']:.3f}", flush=True)
 
 
-def print_table_2(summary: dict) -> None:
-    print("\nTable 2: target accuracy (%), ours / the paper's")
+def print_table_2(form: str, summary: dict) -> None:
+    print(f"\nTable 2, form {form}: target accuracy (%), ours / the paper's")
     print(f"{'target':14}{'pairs':9}{'min':17}{'median':17}{'max':17}no auxiliary")
     for target, row in summary["table_2"].items():
         cells = []
@@ -614,41 +616,43 @@ def main() -> None:
                "torch": torch.__version__, "generators": {}}
     if args.timing:
         results["timing"] = time_networks(args.device)
-    paper_form = []  # what belongs into the paper's tables
+    entries = {form: [] for form in FORMS}  # no table or figure mixes forms
     few = first_of_class(labels)[::2]  # every second class is enough for Figure 9
-    few_protected = {}
+    few_protected = {form: {} for form in FORMS}
     for i, (name, path) in enumerate(name_files(paths).items(), 1):
-        print(f"\n{name} ({i} of {len(paths)})", flush=True)
         generator, meta = open_generator(path)
         generator.to(args.device)
-        target, aux = meta["target"], meta["aux"]
+        target, aux, form = meta["target"], meta["aux"], meta["form"]
+        print(f"\n{name}, form {form} ({i} of {len(paths)})", flush=True)
         result, protected = evaluate_generator(generator, target, aux, classifiers, clean, images,
                                                labels)
         result["file"] = path
         result["meta"] = meta
         results["generators"][name] = result
-        if not meta["hardened"] and not meta.get("limit"):
-            paper_form.append(result)
-            few_protected[target, aux] = protected[few]
-        results["summary"] = summarise(paper_form)
+        if not meta.get("limit"):  # a quick look belongs into no table
+            entries[form].append(result)
+            few_protected[form][target, aux] = protected[few]
+        results["summary"] = {}
+        for of_form, scored in entries.items():
+            if scored:
+                results["summary"][of_form] = summarise(scored)
         save(f"{args.out}/results.json", json.dumps(results, indent=1).encode())
         draw_examples(args.out, name, result, images, protected, labels, classifiers)
         print_scores(result)
-        before = meta.get("clean_target_accuracy", clean[target])
-        if abs(before - clean[target]) > 0.5 and not args.limit and not meta.get("limit"):
-            print(f"  note: it was trained for another {target}, of {before:.2f}%")
-        validation = meta.get("validation", result)  # its scores in training
-        if result["target_accuracy"] < validation["target_accuracy"] - 3:
-            print(f"  note: it had {validation['target_accuracy']:.2f}% in training: is this "
-                  f"{target} the same?")
+        for role in ("target", "aux"):
+            classifier = classifiers.get(meta[role])
+            if classifier is not None:
+                if meta[f"{role}_sha256"] != fingerprint(*classifier.state_dict().values()):
+                    print(f"  note: it was trained with another {meta[role]}")
         if args.attack:
             reconstruction_attack(generator, classifiers[target], data,
                                   f"{args.out}/attack-{name}", epochs=args.attack,
                                   device=args.device, seed=args.seed, classes=CLASSES)
-    if paper_form:
-        print_table_2(results["summary"])
-        draw_heatmaps(f"{args.out}/heatmaps.png", paper_form)
-        draw_figure_9(f"{args.out}/figure-9.png", paper_form, images[few], few_protected)
+    for form, summary in results["summary"].items():
+        print_table_2(form, summary)
+        draw_heatmaps(f"{args.out}/heatmaps-{form}.png", entries[form])
+        draw_figure_9(f"{args.out}/figure-9-{form}.png", entries[form], images[few],
+                      few_protected[form])
     print(f"-> {args.out}/")
 
 

@@ -1,8 +1,9 @@
 """Train protective perturbation generators: Algorithm 1 with the loss of Eq. (1) to (4).
 
-    python train.py --target vgg13_bn --aux resnet18               the paper's form
-    python train.py --target vgg13_bn --aux resnet18 --hardened    painted from the bottleneck alone
-    torchrun --nproc-per-node 8 -- train.py --target all --aux all none     the paper's 64
+    python train.py --target vgg13_bn --aux resnet18                    from the pretrained encoder
+    python train.py --target vgg13_bn --aux resnet18 --form paper       the paper's, to the letter
+    python train.py --target vgg13_bn --aux resnet18 --form hardened    from the bottleneck alone
+    torchrun --nproc-per-node 8 -- train.py --target all --aux all none    all 64 of Table 2
 """
 
 import argparse
@@ -12,6 +13,7 @@ import math
 import os
 import time
 from collections import namedtuple
+from collections.abc import Iterator
 
 import torch
 from PIL import Image
@@ -21,36 +23,67 @@ from torchvision.utils import make_grid
 
 from classifiers import (CLASSIFIERS, SCORING_BATCH, Classifier, UserError, accuracy,
                          add_common_arguments, autocast, check_settings, choose_precision,
-                         find_classifier, hardware, learning_rate, load, load_checkpoint,
-                         load_cifar10, load_classifier, load_weights, positive_int,
+                         find_classifier, fingerprint, hardware, learning_rate, load,
+                         load_checkpoint, load_cifar10, load_classifier, load_weights, positive_int,
                          print_progress, random_crop_flip, run, save, to_16_bits, to_float)
 from ssim import ssim
 from unet import Generator
 
+# --- The loss and the forms of the method ---------------------------------------------------------
 Loss = namedtuple("Loss", "total target aux ssim")  # Eq. (4), then (1), (2) and (3)
 
 
 def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_logits: Tensor | None,
                     labels: Tensor, w_target: float = 1.0, w_aux: float = 1.0,
-                    w_ssim: float = 0.5) -> Loss:
+                    w_ssim: float = 0.5, balanced: bool = False) -> Loss:
     """The loss of Section 3.3 and its terms, each the mean over the batch; minimise `total`.
 
     x and protected are (N, 3, H, W) in [0, 1], the logits (N, classes), the labels (N,). The
     default weights are those of Section 4.1.3; w_ssim is the paper's omega_SI. Without an auxiliary
-    model (aux_logits None) its term is 0. Raises ValueError where ssim() does.
+    model (aux_logits None) its term is 0. Balanced is ours: see FORMS. Raises ValueError where
+    ssim() does.
     """
     loss_target = F.cross_entropy(target_logits.float(), labels)  # Eq. (1)
     if aux_logits is None:
         loss_aux = torch.zeros_like(loss_target)
+    elif balanced:
+        aux_entropy = F.cross_entropy(aux_logits.float(), labels, reduction="none")
+        loss_aux = -torch.log1p(aux_entropy).mean()  # ours, in place of Eq. (2)
     else:
         loss_aux = -F.cross_entropy(aux_logits.float(), labels)  # Eq. (2)
-    loss_ssim = ssim(x, protected).mean()  # Eq. (3)
+    similarity = ssim(x, protected)
+    if balanced:
+        similarity = similarity.abs()  # ours: an inverted image shows as well as an upright one
+    loss_ssim = similarity.mean()  # Eq. (3)
     total = w_target * loss_target + w_aux * loss_aux + w_ssim * loss_ssim  # Eq. (4)
     return Loss(total, loss_target, loss_aux, loss_ssim)
 
 
+# What differs between the three forms of the method; nothing else decides any of it. "paper" is
+# Section 4.1.3 to the letter, the other two are ours. U starts at random or from a trained encoder,
+# which stays frozen. It adds delta to the image, or it paints from its bottleneck, the last feature
+# map, alone. An epoch is a pass over all images, or max_steps steps if these are fewer.
+#
+# The balanced loss let the same weights serve all twelve pairs tried. -CE(aux) pulls as hard as
+# ever when the auxiliary model has long been fooled, and harder with one model than with another;
+# the gradient of -log(1 + CE), taken for each image, falls as 1 / (1 + CE). And an auxiliary model
+# ends up answering one class for everything: the images of that class must be hidden by the SSIM
+# term, which therefore has ten times the paper's weight.
+FORMS = {
+    "paper": {
+        "start": "random", "painted_from": "image", "lossy_channel": False, "balanced": False,
+        "epochs": 100, "max_steps": None, "batch_size": 256, "w_aux": 1.0, "w_ssim": 0.5},
+    "pretrained": {
+        "start": "encoder", "painted_from": "image", "lossy_channel": True, "balanced": True,
+        "epochs": 1, "max_steps": 600, "batch_size": 32, "w_aux": 3.0, "w_ssim": 5.0},
+    "hardened": {
+        "start": "encoder", "painted_from": "bottleneck", "lossy_channel": True, "balanced": False,
+        "epochs": 1, "max_steps": None, "batch_size": 64, "w_aux": 0.5, "w_ssim": 0.5},
+}
+
+
 def lossy_channel(protected: Tensor) -> Tensor:
-    """What reaches the classifiers while a hardened generator is trained: (N, 3, H, W) in [0, 1].
+    """What reaches the classifiers in training, where the form says so: (N, 3, H, W) in [0, 1].
 
     Noise always, and for half of the batches, drawn at random, colour at half resolution, as in
     nearly every JPEG file (4:2:0; JFIF's luma and colour differences). Not in the paper.
@@ -67,6 +100,38 @@ def lossy_channel(protected: Tensor) -> Tensor:
     r, b = (colour + luma[:, None]).unbind(1)
     g = (luma - 0.299 * r - 0.114 * b) / 0.587
     return torch.stack([r, g, b], 1).clamp(0, 1)
+
+
+# --- Algorithm 1 ----------------------------------------------------------------------------------
+def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, images: Tensor,
+                labels: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                rates: list[float], batch_size: int, lossy: bool, loss_settings: dict,
+                precision: str) -> Iterator[Tensor]:
+    """The inner loop of Algorithm 1: one step for each learning rate of `rates`.
+
+    images are uint8 (N, 3, H, W), labels int64 (N,). A rest smaller than a batch is dropped. Yields
+    the Loss of each step, (4,), so that whoever runs the loop can count and print.
+    """
+    order = torch.randperm(len(images), device=images.device)
+    for batch, rate in zip(order.split(batch_size), rates):  # foreach x, y in X, Y
+        x = to_float(random_crop_flip(images[batch]))
+        y = labels[batch]
+        with autocast(images.device.type, precision):
+            protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
+            received = protected
+            if lossy:
+                received = lossy_channel(protected)  # ours: what arrives of x'
+            target_logits = target(received)  # y_pred_target = F_target(x')
+            aux_logits = None
+            if aux is not None:
+                aux_logits = aux(received)  # y_pred_aux = F_aux(x')
+        loss = protective_loss(x, protected, target_logits, aux_logits, y, **loss_settings)
+        optimizer.param_groups[0]["lr"] = rate
+        scaler.scale(loss.total).backward()
+        scaler.step(optimizer)  # "Update U to minimize Loss"
+        scaler.update()
+        optimizer.zero_grad()
+        yield torch.stack(loss).detach()
 
 
 # --- Validation (Section 4.2.1); evaluate.py reports with the same functions ----------------------
@@ -88,15 +153,15 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None,
-          labels: Tensor, weights: tuple = (1.0, 1.0, 0.5)) -> dict:
+          labels: Tensor, **loss_settings) -> dict:
     """Score protected images against their originals, both uint8 (N, 3, H, W); labels (N,).
 
     Returns target_accuracy and aux_accuracy in percent (Eq. 5; None without an auxiliary model),
     the absolute SSIM as ssim (mean, as in Figure 8), ssim_largest and ssim_over_0.1 (percent of
-    images), the up to ten images with the largest as worst (indices), and the loss of Eq. (4) with
-    these weights.
+    images), the up to ten images with the largest as worst (indices), and loss, the total and the
+    terms of protective_loss with these settings of it.
     """
-    loss_sum = 0
+    loss_sums = 0
     target_correct = 0
     aux_correct = 0
     aux_logits = None
@@ -111,8 +176,8 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
             aux_logits = aux(x_protected)
             aux_correct += (aux_logits.argmax(1) == y).sum().item()
         similarities.append(ssim(x, x_protected).abs())
-        loss = protective_loss(x, x_protected, target_logits, aux_logits, y, *weights)
-        loss_sum += len(y) * loss.total.item()
+        loss = protective_loss(x, x_protected, target_logits, aux_logits, y, **loss_settings)
+        loss_sums += len(y) * torch.stack(loss)
     n = len(labels)
     similarity = torch.cat(similarities)
     return {
@@ -122,7 +187,7 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
         "ssim_largest": similarity.max().item(),
         "ssim_over_0.1": 100 * (similarity > 0.1).float().mean().item(),
         "worst": similarity.topk(min(10, n)).indices.tolist(),
-        "loss": loss_sum / n,
+        "loss": Loss(*(loss_sums / n).tolist())._asdict(),
     }
 
 
@@ -133,16 +198,7 @@ def encode_png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-# --- Algorithm 1 ----------------------------------------------------------------------------------
-# The settings go with the start of U; "random" is the paper's (Section 4.1.3). From a trained
-# encoder one epoch is enough, and -CE(aux), which has no bound, needs less weight: at 1 that
-# epoch cost the target resnet18 8 points, at 0.3 it hid some images of densenet121 less well.
-DEFAULTS = {
-    "random": {"epochs": 100, "batch_size": 256, "w_aux": 1.0},
-    "encoder": {"epochs": 1, "batch_size": 64, "w_aux": 0.5},
-}
-
-
+# --- A whole training -----------------------------------------------------------------------------
 def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Raise ValueError where these do not belong together: now, not after an epoch."""
     if labels.dtype != torch.int64 or labels.shape != (len(images),):
@@ -156,11 +212,26 @@ def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> N
         raise ValueError(f"labels must be 0 to {logits.shape[1] - 1}, as many as there are logits")
 
 
+def draw_protected(path: str, images: Tensor, protected: Tensor) -> None:
+    """Write a PNG: uint8 images (N, 3, H, W) above their protected versions, large enough."""
+    shown = torch.cat([images, protected])
+    zoom = max(1, 128 // shown.shape[3])  # 32 pixels are too few to judge by
+    shown = shown.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    grid = make_grid(shown, nrow=len(images))
+    save(path, encode_png(grid))
+
+
+def describe(loss: dict) -> str:
+    """The loss of Eq. (4) and its three terms, for people."""
+    return (f"{loss['total']:.3f} (target {loss['target']:.3f}, aux {loss['aux']:.3f}, "
+            f"ssim {loss['ssim']:.3f})")
+
+
 def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: str, *,
-                    encoder: Classifier | None = None, hardened: bool = False,
+                    form: str = "pretrained", encoder: Classifier | None = None,
                     epochs: int | None = None, batch_size: int | None = None, lr: float = 0.005,
                     weight_decay: float = 0.0005, w_target: float = 1.0,
-                    w_aux: float | None = None, w_ssim: float = 0.5,
+                    w_aux: float | None = None, w_ssim: float | None = None,
                     precision: str | None = None, device: str = "cpu", seed: int = 0,
                     meta: dict | None = None) -> Generator:
     """Algorithm 1, for any classifiers and images: train a generator and write it to path.pt.
@@ -168,53 +239,66 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen.
     `data` is as of load_cifar10: "train" and "validation", each uint8 images (N, 3, H, W), H and W
     >= 16, and int64 labels (N,). It is on `device`, as are all networks. `encoder` is a trained
-    build_classifier("encoder"): its layers are copied into U and frozen; without one all of U
-    starts at random, as in the paper. epochs, batch_size and w_aux are by default those of
-    DEFAULTS, the rest those of Section 4.1.3. Precision is "fp16", "bf16" or "fp32", by default 16
-    bits where they are fast; a finished file of any is read then.
+    build_classifier("encoder"): its layers are copied into U and frozen; the form "paper" takes
+    none. epochs, batch_size, w_aux and w_ssim are by default those of the form in FORMS, which may
+    also cap the steps of an epoch; the rest are those of Section 4.1.3. Precision is "fp16", "bf16"
+    or "fp32", by default fp16 on a GPU, and on a CPU the faster of the other two.
 
     Returns the best epoch by validation loss (Figure 4), its kernels rounded to 16 bits; in the
     file are the settings, its scores (before rounding) and `meta` too. path.jsonl is the log;
     path.png shows eight validation images above what the best epoch makes of them. After a stop,
     the same call goes on from the last finished epoch; what is finished is read from path.pt.
 
-    Raises UserError where that or a checkpoint is of other settings, and on a loss that is not
-    finite; ValueError where classifiers and data do not belong together.
+    Raises UserError where that or a checkpoint is of other settings, networks or images, and on a
+    loss that is not finite; ValueError where the form, networks and data do not belong together.
     """
-    start_of_u = "random" if encoder is None else "encoder"
-    if epochs is None:
-        epochs = DEFAULTS[start_of_u]["epochs"]
-    if batch_size is None:
-        batch_size = DEFAULTS[start_of_u]["batch_size"]
-    if w_aux is None:
-        w_aux = DEFAULTS[start_of_u]["w_aux"]
-    weights = (w_target, w_aux, w_ssim)
+    row = FORMS[form]
+    if row["start"] == "encoder" and encoder is None:
+        raise ValueError(f"form {form} starts from a trained encoder: encoder is missing")
+    if row["start"] == "random" and encoder is not None:
+        raise ValueError(f"form {form} starts at random: it takes no encoder")
     images, labels = data["train"]
     validation_images, validation_labels = data["validation"]
-    settings = {"start": start_of_u, "hardened": hardened, "epochs": epochs,
-                "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay,
-                "w_target": w_target, "w_aux": w_aux, "w_ssim": w_ssim, "precision": precision,
-                "seed": seed, "training_images": list(images.shape)}
+    if epochs is None:
+        epochs = row["epochs"]
+    if batch_size is None:
+        batch_size = row["batch_size"]
+    batch_size = min(batch_size, len(images))
+    if w_aux is None:
+        w_aux = row["w_aux"]
+    if w_ssim is None:
+        w_ssim = row["w_ssim"]
+    loss_settings = {"w_target": w_target, "w_aux": w_aux, "w_ssim": w_ssim,
+                     "balanced": row["balanced"]}
     for classifier in (target, aux):
         if classifier is not None:
             classifier.eval().requires_grad_(False)  # gradients pass through, nothing changes
             check_classifier(classifier, images, labels)
-    clean_accuracy = accuracy(target, validation_images, validation_labels)
-    print(f"{path}: the target recognises {clean_accuracy:.2f}% of the original validation images")
+    settings = {"form": form} | row | loss_settings  # a file tells all that a run depends on
+    settings |= {"epochs": epochs, "batch_size": batch_size, "lr": lr,
+                 "weight_decay": weight_decay, "precision": precision, "seed": seed,
+                 "target_sha256": fingerprint(*target.state_dict().values()),
+                 "aux_sha256": "none", "encoder_sha256": "none",
+                 "images_sha256": fingerprint(images), "labels_sha256": fingerprint(labels),
+                 "validation_sha256": fingerprint(validation_images, validation_labels)}
+    if aux is not None:
+        settings["aux_sha256"] = fingerprint(*aux.state_dict().values())
+    if encoder is not None:
+        settings["encoder_sha256"] = fingerprint(*encoder.state_dict().values())
     if os.path.exists(f"{path}.pt"):
         generator, before = load_generator(f"{path}.pt")
         check_settings(f"{path}.pt", before, settings)
-        generator.to(device)
-        protected = protect(generator, validation_images)
-        target_accuracy = accuracy(target, protected, validation_labels)
-        print(f"{path}.pt is finished, {target_accuracy:.2f}% of the protected ones: delete it to "
-              "train it again")
-        return generator
-
-    precision = precision or choose_precision(device, "fp16")
+        print(f"{path}.pt is finished: delete it to train it again", flush=True)
+        return generator.to(device)
+    checkpoint = load_checkpoint(path, settings)
+    if checkpoint is not None:
+        precision = checkpoint["settings"]["precision"]
+    elif precision is None:
+        precision = choose_precision(device, "fp16")
     settings["precision"] = precision
+
     torch.manual_seed(seed)
-    generator = Generator(hardened)  # "Randomly initialize U"
+    generator = Generator(hardened=row["painted_from"] == "bottleneck")  # "Randomly initialize U"
     generator.to(device, memory_format=torch.channels_last)
     if encoder is not None:
         generator.unet.encoder.levels.load_state_dict(encoder.net.levels.state_dict())
@@ -224,7 +308,6 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
     best = None  # what path.pt will hold
     log = []
-    checkpoint = load_checkpoint(path, settings)
     if checkpoint is not None:
         generator.load_state_dict(checkpoint["generator"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -232,69 +315,55 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         best = checkpoint["best"]
         log = checkpoint["log"]
 
-    batch_size = min(batch_size, len(images))
-    steps_per_epoch = len(images) // batch_size  # a rest smaller than a batch is dropped
+    steps_per_epoch = len(images) // batch_size
+    if row["max_steps"] is not None:
+        steps_per_epoch = min(steps_per_epoch, row["max_steps"])
     steps = epochs * steps_per_epoch
-    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
-    if encoder is not None:
-        print(f"U starts from the trained encoder, frozen, with w_aux {w_aux}; the paper's starts "
-              "at random", flush=True)
+    clean_accuracy = accuracy(target, validation_images, validation_labels)
+    print(f"{path}: form {form}, {epochs} epochs of {steps_per_epoch} steps; the target recognises "
+          f"{clean_accuracy:.2f}% of the original validation images", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)  # of each epoch: resumed or not, it draws the same
+        torch.manual_seed(1000 * seed + epoch)  # for each epoch: a resumed run draws the same
         generator.train()
         if encoder is not None:
             generator.unet.encoder.eval()  # frozen: its batch norm statistics too
         start = time.monotonic()
-        loss_sum = 0
-        order = torch.randperm(len(images), device=device)
-        for i in range(steps_per_epoch):
-            step = (epoch - 1) * steps_per_epoch + i
-            batch = order[i * batch_size:(i + 1) * batch_size]
-            x = to_float(random_crop_flip(images[batch]))
-            y = labels[batch]
-            with autocast(device, precision):
-                protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
-                received = protected
-                if hardened:
-                    received = lossy_channel(protected)
-                target_logits = target(received)
-                aux_logits = None
-                if aux is not None:
-                    aux_logits = aux(received)
-            # Eq. (3) looks at what leaves the phone, the classifiers at what arrives.
-            loss = protective_loss(x, protected, target_logits, aux_logits, y, *weights)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
-            scaler.scale(loss.total).backward()
-            scaler.step(optimizer)  # "Update U to minimize Loss"
-            scaler.update()
-            optimizer.zero_grad()
-            loss_sum += torch.stack(loss).detach()
-            if i % 50 == 49:
-                print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
-        train_loss = Loss(*(loss_sum / steps_per_epoch).tolist())  # waits for a GPU
+        first_step = (epoch - 1) * steps_per_epoch
+        rates = [learning_rate(first_step + i, steps, lr) for i in range(steps_per_epoch)]
+        losses = []
+        for loss in train_epoch(generator, target, aux, images, labels, optimizer, scaler, rates,
+                                batch_size, row["lossy_channel"], loss_settings, precision):
+            losses.append(loss)
+            if len(losses) % 50 == 0:
+                print_progress(path, epoch, epochs, start, len(losses), steps_per_epoch, batch_size)
+        losses = torch.stack(losses)  # (steps, 4)
+        finite = losses.isfinite().all(1)  # waits for a GPU
         seconds = time.monotonic() - start
 
+        # In fp16 a step that overflows is skipped by the scaler; anything else does not heal.
         diverged = (f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr or "
                     "--precision fp32, and delete its .checkpoint")
-        if not math.isfinite(train_loss.total):
+        if not finite.any() or (precision != "fp16" and not finite.all()):
             raise UserError(diverged)
+        train_loss = Loss(*losses[finite].mean(0).tolist())._asdict()
         generator.eval()
         with autocast(device, precision):  # quicker; evaluate.py reports in float32
-            protected = protect(generator, validation_images)
-            scores = score(validation_images, protected, target, aux, validation_labels, weights)
-        if not math.isfinite(scores["loss"]):
+            try:
+                protected = protect(generator, validation_images)
+            except UserError as error:
+                raise UserError(diverged) from error
+            scores = score(validation_images, protected, target, aux, validation_labels,
+                           **loss_settings)
+        if not math.isfinite(scores["loss"]["total"]):
             raise UserError(diverged)
-        log.append({"epoch": epoch, "train": train_loss._asdict(), "validation": scores,
+        log.append({"epoch": epoch, "train": train_loss, "validation": scores,
                     "seconds": seconds})
-        if best is None or scores["loss"] < best["meta"]["validation"]["loss"]:
+        # The loss chooses, as in the paper, although the auxiliary term of Eq. (2) swamps the rest.
+        if best is None or scores["loss"]["total"] < best["meta"]["validation"]["loss"]["total"]:
             facts = settings | log[-1] | {"hardware": hardware(device)}
             best = {"generator": to_16_bits(generator.state_dict()),
                     "meta": facts | (meta or {})}
-            shown = torch.cat([validation_images[:8], protected[:8]])
-            zoom = max(1, 128 // shown.shape[3])  # 32 pixels are too few to judge by
-            shown = shown.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-            grid = make_grid(shown, nrow=len(shown) // 2)
-            save(f"{path}.png", encode_png(grid))
+            draw_protected(f"{path}.png", validation_images[:8], protected[:8])
         lines = [json.dumps(line) + "\n" for line in log]
         save(f"{path}.jsonl", "".join(lines).encode())
         checkpoint = {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
@@ -304,8 +373,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         aux_words = ""
         if aux is not None:
             aux_words = f"auxiliary {scores['aux_accuracy']:.2f}%, "
-        print(f"{path}  epoch {epoch}/{epochs}  loss {train_loss.total:.3f}, validation "
-              f"{scores['loss']:.3f}: target {scores['target_accuracy']:.2f}%, {aux_words}"
+        print(f"{path}  epoch {epoch}/{epochs}  loss {describe(train_loss)}; validation "
+              f"{describe(scores['loss'])}: target {scores['target_accuracy']:.2f}%, {aux_words}"
               f"|SSIM| {scores['ssim']:.4f}", flush=True)
 
     save(f"{path}.pt", best)
@@ -319,20 +388,27 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
 def load_generator(path: str) -> tuple[Generator, dict]:
     """A file of train_generator: (generator in eval mode on the CPU, its settings and scores).
 
-    Raises UserError where it is something else.
+    Its form is the settings' "form". Raises UserError where the file is something else.
     """
     content = load(path)
     meta = content.get("meta", {})
-    if "generator" not in content or "hardened" not in meta:
-        raise UserError(f"{path} holds no generator: train one with train.py")
-    generator = Generator(meta["hardened"])
+    if "generator" not in content or meta.get("form") not in FORMS:
+        raise UserError(f"{path} holds no generator of this version: train one with train.py")
+    generator = Generator(hardened=FORMS[meta["form"]]["painted_from"] == "bottleneck")
     load_weights(generator, content["generator"], path)
     return generator.eval(), meta
 
 
 # --- The command ----------------------------------------------------------------------------------
+FORM_WORDS = {
+    "paper": "the paper's own, to the letter: U starts at random, no lossy channel",
+    "pretrained": "x + U(x) from the pretrained encoder, over a lossy channel, by a balanced loss",
+    "hardened": "painted from the pretrained encoder's bottleneck, its last feature map, alone",
+}
+
+
 def describe_default(name: str) -> str:
-    values = [f"{kind} {row[name]}" for kind, row in DEFAULTS.items()]
+    values = [f"{form} {row[name]}" for form, row in FORMS.items()]
     return f"(default: {', '.join(values)})"
 
 
@@ -346,34 +422,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--aux", nargs="+", required=True, metavar="NAME",
                         choices=[*CLASSIFIERS, "none", "all"],
                         help="the auxiliary model: the same names, none, or all (without none)")
-    parser.add_argument("--start", choices=["encoder", "random"],
-                        help="a frozen encoder that recognises, or nothing, as in the paper "
-                             "(default: encoder on a CPU or with --hardened, else random)")
-    parser.add_argument("--hardened", action="store_true",
-                        help="paint from the bottleneck alone, train over a lossy channel")
+    forms = "; ".join(f"{form}, {words}" for form, words in FORM_WORDS.items())
+    parser.add_argument("--form", choices=FORMS, default="pretrained",
+                        help=f"{forms} (default: %(default)s)")
     parser.add_argument("--epochs", type=positive_int, help=describe_default("epochs"))
     parser.add_argument("--batch-size", type=positive_int, help=describe_default("batch_size"))
-    parser.add_argument("--w-aux", type=float, help=describe_default("w_aux"))
     parser.add_argument("--w-target", type=float, default=1.0, help="(default: %(default)s)")
-    parser.add_argument("--w-ssim", type=float, default=0.5, help="(default: %(default)s)")
+    parser.add_argument("--w-aux", type=float, help=describe_default("w_aux"))
+    parser.add_argument("--w-ssim", type=float, help=describe_default("w_ssim"))
     parser.add_argument("--lr", type=float,
                         help="the highest (default: 0.005; googlenet with vgg13_bn 0.001)")
     parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"],
-                        help="(default: 16 bits where they are fast)")
+                        help="(default: fp16 on a GPU, on a CPU the faster of the others)")
     parser.add_argument("--limit", type=positive_int,
                         help="to see it run, on LIMIT images of each split, to quick-look-*.pt")
     parser.add_argument("--out", default="runs", metavar="FOLDER",
                         help="where generators go (default: %(default)s)")
     add_common_arguments(parser)
-    args = parser.parse_args()
-    if args.start is None:
-        # Hardened, a random start loses the target: all that it reads is what the encoder sees.
-        args.start = "encoder" if args.hardened or args.device == "cpu" else "random"
-    return args
+    return parser.parse_args()
 
 
 def choose_pairs(targets: list[str], auxes: list[str]) -> list[tuple[str, str]]:
-    """Every (target, auxiliary) of the names asked for, "all" understood; none is its own."""
+    """Every (target, auxiliary) of the names asked for, "all" understood, but no model with itself.
+
+    Raises UserError where nothing is left.
+    """
     pairs = []
     for target in CLASSIFIERS:
         for aux in (*CLASSIFIERS, "none"):
@@ -389,13 +462,18 @@ def choose_pairs(targets: list[str], auxes: list[str]) -> list[tuple[str, str]]:
 def main() -> None:
     args = parse_arguments()
     device = args.device
+    row = FORMS[args.form]
+    hint = ""
+    if args.form == "pretrained":
+        hint = " (--form paper is the paper's own, to the letter)"
+    print(f"form {args.form}: {FORM_WORDS[args.form]}{hint}", flush=True)
     pairs = choose_pairs(args.target, args.aux)
     if "RANK" in os.environ:  # under torchrun: every process has its share and its own GPU
         pairs = pairs[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])]
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
     needed = [name for name in CLASSIFIERS if any(name in pair for pair in pairs)]
-    if args.start == "encoder":
+    if row["start"] == "encoder":
         needed.append("encoder")
     missing = [name for name in needed if find_classifier(name) is None]
     if missing:
@@ -407,7 +485,6 @@ def main() -> None:
     classifiers = {"none": None}
     for name in needed:
         classifiers[name] = load_classifier(name, device)
-    encoder = classifiers.get("encoder")
 
     failed = 0
     for target, aux in pairs:
@@ -415,25 +492,18 @@ def main() -> None:
         if args.limit is not None:
             kind = f"quick-look-{args.limit}"  # which nothing takes for a generator
         path = f"{args.out}/{kind}-{target}-{aux}"
-        if args.hardened:
-            path += "-hardened"
-        if os.path.exists(f"{path}.pt"):
-            _, meta = load_generator(f"{path}.pt")
-            print(f"{path}.pt is finished (start {meta['start']}, {meta['epochs']} epochs of "
-                  f"{meta['batch_size']}, w_aux {meta['w_aux']}, seed {meta['seed']}): delete it "
-                  "to train it again")
-            continue
+        if args.form != "pretrained":
+            path += f"-{args.form}"
         lr = args.lr
         if lr is None:
             lr = 0.001 if (target, aux) == ("googlenet", "vgg13_bn") else 0.005  # Section 4.1.3
-        meta = {"target": target, "aux": aux, "limit": args.limit,
-                "clean_target_accuracy": accuracy(classifiers[target], *data["test"])}
         try:
             train_generator(
-                classifiers[target], classifiers[aux], data, path, encoder=encoder,
-                hardened=args.hardened, epochs=args.epochs, batch_size=args.batch_size, lr=lr,
-                w_target=args.w_target, w_aux=args.w_aux, w_ssim=args.w_ssim,
-                precision=args.precision, device=device, seed=args.seed, meta=meta)
+                classifiers[target], classifiers[aux], data, path, form=args.form,
+                encoder=classifiers.get("encoder"), epochs=args.epochs,
+                batch_size=args.batch_size, lr=lr, w_target=args.w_target, w_aux=args.w_aux,
+                w_ssim=args.w_ssim, precision=args.precision, device=device, seed=args.seed,
+                meta={"target": target, "aux": aux, "limit": args.limit})
         except UserError as error:  # one that diverges does not stop the others
             print(f"error: {error}", flush=True)
             failed += 1

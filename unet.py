@@ -4,7 +4,7 @@
 
 One forward pass of a fully convolutional network: the same 7,766,051 weights take an image of any
 size from 16 x 16 up (Section 4.3.1), and the cost does not depend on the target classifier
-(Section 4.3.2). They hide it at the size that they were trained for.
+(Section 4.3.2). The image is hidden only at the size that the weights were trained for.
 """
 
 import torch
@@ -103,8 +103,8 @@ class Generator(nn.Module):
     Raises ValueError on any other shape.
 
     The hardened form goes beyond the paper: x is not added and the skips give zeros, so only the
-    bottleneck, 512 x H/16 x W/16 numbers made for recognising, reaches the protected image.
-    Both forms have the same weights, by name and shape; train.load_generator knows a file's form.
+    bottleneck, 512 x H/16 x W/16 numbers made for recognising, reaches the protected image. The
+    weights have the same names and shapes in every form; train.load_generator knows a file's form.
     """
 
     def __init__(self, hardened: bool = False):
