@@ -640,10 +640,11 @@ def main() -> None:
         draw_examples(args.out, name, result, images, protected, labels, classifiers)
         print_scores(result)
         for role in ("target", "aux"):
-            classifier = classifiers.get(meta[role])
-            if classifier is not None:
-                if meta[f"{role}_sha256"] != fingerprint(*classifier.state_dict().values()):
-                    print(f"  note: it was trained with another {meta[role]}")
+            if meta[role] == "none":
+                continue
+            weights = classifiers[meta[role]].state_dict().values()
+            if meta[f"{role}_sha256"] != fingerprint(*weights):
+                print(f"  note: it was trained with another {meta[role]}")
         if args.attack:
             reconstruction_attack(generator, classifiers[target], data,
                                   f"{args.out}/attack-{name}", epochs=args.attack,
