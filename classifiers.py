@@ -63,17 +63,20 @@ class Classifier(nn.Module):
 class EncoderClassifier(Encoder):
     """The U-Net's encoder, taught to recognise: normalised images (N, 3, H, W) to logits.
 
-    The logits (N, classes) are one linear layer on the mean of the last feature map.
+    The logits (N, classes) are one linear layer on the features (N, 512), the mean of the last
+    feature map.
     """
 
     def __init__(self, classes: int):
         super().__init__()
         self.linear = nn.Linear(BOTTLENECK, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         maps = super().forward(x)
-        features = maps[-1].mean(dim=(2, 3))
-        return self.linear(features)
+        return maps[-1].mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x))
 
 
 def build_classifier(name: str, classes: int = 10) -> Classifier:

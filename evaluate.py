@@ -28,7 +28,7 @@ from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments,
                          print_progress, run, save, to_float)
 from ssim import ssim
 from train import FORMS, encode_png, load_generator, protect, score
-from unet import Generator, UNet
+from unet import Generator, UNet, pad_to_16
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Table 2: target accuracy in percent, min, median and max over the auxiliary models, without one.
@@ -95,6 +95,45 @@ def jpeg(images: Tensor, subsampling: str, quality: int = 75) -> Tensor:
     return torch.from_numpy(np.stack(received)).permute(0, 3, 1, 2).to(images.device)
 
 
+def matched(images: Tensor, candidates: Tensor) -> float:
+    """Percent of uint8 images (N, 3, H, W) whose nearest candidate is the one at the same index.
+
+    Where n candidates are equally near and that one is among them, the image counts 1 / n.
+    """
+    x = to_float(images).flatten(1)
+    y = to_float(candidates).flatten(1)
+    distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")  # equal for equals
+    nearest = distances == distances.amin(1, keepdim=True)
+    shares = nearest.diagonal().double() / nearest.sum(1)
+    return 100 * shares.mean().item()
+
+
+def another_view(images: Tensor) -> Tensor:
+    """uint8 images (N, 3, H, W), mirrored, shifted by two pixels and 10% brighter."""
+    h, w = images.shape[2:]
+    x = to_float(images).flip(3)
+    x = F.pad(x, (2, 0, 2, 0), mode="replicate")[:, :, :h, :w]  # two to the right, two down
+    x = (1.1 * x).clamp(0, 1)
+    return (255 * x).round().to(torch.uint8)
+
+
+def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
+    """How many of uint8 images (N, 3, H, W) are found among their protected ones, in percent.
+
+    Somebody has the generator and "another_view" of each image: he protects his view and takes the
+    nearest of the N protected images for its own. "known_candidate_match": he has the image itself,
+    and guesses among all protected images that equal its own. "class_alone": he only knows its
+    class, and guesses among the images of that class.
+    """
+    protected = protect(generator, images)
+    view = protect(generator, another_view(images))
+    return {
+        "another_view": matched(view, protected),
+        "known_candidate_match": 100 * len(protected.unique(dim=0)) / len(protected),
+        "class_alone": 100 * len(labels.unique()) / len(labels),
+    }
+
+
 def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, classifiers: dict,
                        clean: dict, images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
     """All scores of one generator on uint8 images (N, 3, H, W), and the protected images.
@@ -119,24 +158,18 @@ def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, cl
     for name, classifier in classifiers.items():
         if name not in (target_name, aux_name):
             result["unseen"][name] = accuracy(classifier, protected, labels)
+    result["linked"] = linked(generator, images[:1000], labels[:1000])
     return result, protected
 
 
 # --- The reconstruction attack --------------------------------------------------------------------
-def re_identified(images: Tensor, candidates: Tensor) -> float:
-    """Percent of uint8 images (N, 3, H, W) whose nearest candidate is the one of their place."""
-    distances = torch.cdist(to_float(images).flatten(1), to_float(candidates).flatten(1))
-    places = torch.arange(len(images), device=images.device)
-    return 100 * (distances.argmin(1) == places).float().mean().item()
-
-
 def score_recovered(recovered: Tensor, originals: Tensor, target: nn.Module,
                     labels: Tensor) -> dict:
     """How much of the originals an attacker got back, both uint8 (N, 3, H, W); SSIM signed."""
     return {
         "ssim": ssim(to_float(originals), to_float(recovered)).mean().item(),
         "psnr": psnr(originals, recovered),
-        "re_identified": re_identified(recovered, originals),
+        "re_identified": matched(recovered, originals),
         "target_accuracy": accuracy(target, recovered, labels),
     }
 
@@ -155,8 +188,7 @@ class Attacker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[2], x.shape[3]
-        x = F.pad(x, [0, -w % 16, 0, -h % 16], mode="reflect")  # up to a multiple of 16
-        x = self.unet(x)  # not normalised: it learns that
+        x = self.unet(pad_to_16(x))  # not normalised: it learns that
         return x[:, :, :h, :w].sigmoid()
 
 
@@ -170,9 +202,8 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     in 8 bits, and learns to return the originals (squared error and 1 - SSIM, AdamW). Scores are of
     the first 1,000 test images, after each epoch: SSIM (signed), PSNR, and how many are
     re-identified, nearest to their own original (chance: 0.1% of 1,000). "class_mean" is what the
-    class alone gives away, "known_candidate_match" what is found by who has the originals and
-    protects them too. Writes path.json and path.png, where `classes` are the names of the labels,
-    and returns what is in the former.
+    class alone gives away. Writes path.json and path.png, where `classes` are the names of the
+    labels, and returns what is in the former.
     """
     images, labels = data["train"]
     test_images = data["test"][0][:1000]
@@ -189,7 +220,6 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     results = {
         "protected": score_recovered(sent, test_images, target, test_labels),
         "class_mean": score_recovered(guesses, test_images, target, test_labels),
-        "known_candidate_match": re_identified(sent, protect(generator, test_images)),
         "images": len(test_images),
         "training_images": n,
         "precision": precision,
@@ -278,6 +308,7 @@ def print_scores(result: dict) -> None:
     pixels = result["correlation"]
     blocks = result["correlation_4x4"]
     jpeg_accuracy = result["jpeg"]
+    links = result["linked"]
     print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
           f"auxiliary {number(result['aux_accuracy'])}%")
     print(f"  target, after JPEG of quality 75: 4:4:4 {jpeg_accuracy['4:4:4']:.2f}%, "
@@ -287,7 +318,10 @@ def print_scores(result: dict) -> None:
     print(f"  |SSIM| {result['ssim']:.4f}, at most {result['ssim_largest']:.3f}")
     print("  correlation of brightness with its own original / another's: "
           f"{pixels['own']:.3f} / {pixels['other']:.3f}; "
-          f"over 4 x 4 blocks {blocks['own']:.3f} / {blocks['other']:.3f}", flush=True)
+          f"over 4 x 4 blocks {blocks['own']:.3f} / {blocks['other']:.3f}")
+    print(f"  linked by another view {links['another_view']:.1f}%, by the image itself "
+          f"{links['known_candidate_match']:.1f}%; the class alone {links['class_alone']:.1f}%",
+          flush=True)
 
 
 def print_table_2(form: str, summary: dict) -> None:

@@ -52,7 +52,7 @@ def export(generator: Generator, path: str) -> None:
     weights for XNNPACK, and such a file loads only where that is built in.
     Raises UserError if this PyTorch writes bytecode too new for phones.
     """
-    phone = Generator(generator.hardened)
+    phone = Generator(generator.unet.codes)
     phone.unet = fuse(generator.unet.eval())  # a copy, batch norm folded into the convolutions
     phone.requires_grad_(False).eval().to(memory_format=torch.contiguous_format)
     content = torch.jit.script(phone)._save_to_buffer_for_lite_interpreter()

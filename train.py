@@ -2,7 +2,7 @@
 
     python train.py --target vgg13_bn --aux resnet18                    from the pretrained encoder
     python train.py --target vgg13_bn --aux resnet18 --form paper       the paper's, to the letter
-    python train.py --target vgg13_bn --aux resnet18 --form hardened    from the bottleneck alone
+    python train.py --target vgg13_bn --aux resnet18 --form hardened    from the class alone
     torchrun --nproc-per-node 8 -- train.py --target all --aux all none    all 64 of Table 2
 """
 
@@ -27,7 +27,7 @@ from classifiers import (CLASSIFIERS, SCORING_BATCH, Classifier, UserError, accu
                          load_checkpoint, load_cifar10, load_classifier, load_weights, positive_int,
                          print_progress, random_crop_flip, run, save, to_16_bits, to_float)
 from ssim import ssim
-from unet import Generator
+from unet import Generator, pad_to_16
 
 # --- The loss and the forms of the method ---------------------------------------------------------
 Loss = namedtuple("Loss", "total target aux ssim")  # Eq. (4), then (1), (2) and (3)
@@ -61,8 +61,9 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
 
 # What differs between the three forms of the method; nothing else decides any of it. "paper" is
 # Section 4.1.3 to the letter, the other two are ours. U starts at random or from a trained encoder,
-# which stays frozen. It adds delta to the image, or it paints from its bottleneck, the last feature
-# map, alone. An epoch is a pass over all images, or max_steps steps if these are fewer.
+# which stays frozen. It adds delta to the image, or it paints a new image from the code of a class
+# alone. An epoch is a pass over all images, or max_steps steps if these are fewer; "hardened" needs
+# few, because it has only as many pictures to paint as there are classes.
 #
 # The balanced loss let the same weights serve all twelve pairs tried. -CE(aux) pulls as hard as
 # ever when the auxiliary model has long been fooled, and harder with one model than with another;
@@ -77,8 +78,8 @@ FORMS = {
         "start": "encoder", "painted_from": "image", "lossy_channel": True, "balanced": True,
         "epochs": 1, "max_steps": 600, "batch_size": 32, "w_aux": 3.0, "w_ssim": 5.0},
     "hardened": {
-        "start": "encoder", "painted_from": "bottleneck", "lossy_channel": True, "balanced": False,
-        "epochs": 1, "max_steps": None, "batch_size": 64, "w_aux": 0.5, "w_ssim": 0.5},
+        "start": "encoder", "painted_from": "class", "lossy_channel": True, "balanced": True,
+        "epochs": 1, "max_steps": 200, "batch_size": 32, "w_aux": 3.0, "w_ssim": 5.0},
 }
 
 
@@ -102,6 +103,25 @@ def lossy_channel(protected: Tensor) -> Tensor:
     return torch.stack([r, g, b], 1).clamp(0, 1)
 
 
+@torch.no_grad()
+def class_codes(encoder: Classifier, images: Tensor, labels: Tensor) -> Tensor:
+    """What the hardened form paints from: for each class its code, the mean of the features.
+
+    encoder is a trained build_classifier("encoder") in eval mode, images are uint8 (N, 3, H, W),
+    labels (N,). The first 500 images of each class are used: more hardly move the mean. Returns
+    (K, 512), in the order of the labels; a class without images gets no code.
+    """
+    codes = []
+    for label in labels.unique():
+        of_class = images[labels == label][:500]
+        features = []
+        for batch in of_class.split(SCORING_BATCH):
+            z = (to_float(batch) - encoder.mean) / encoder.std
+            features.append(encoder.net.features(pad_to_16(z)))  # as in Generator
+        codes.append(torch.cat(features).mean(0))
+    return torch.stack(codes)
+
+
 # --- Algorithm 1 ----------------------------------------------------------------------------------
 def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, images: Tensor,
                 labels: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -117,7 +137,7 @@ def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, 
         x = to_float(random_crop_flip(images[batch]))
         y = labels[batch]
         with autocast(images.device.type, precision):
-            protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
+            protected = generator(x)  # delta = U(x), x' = clamp(x + delta), hardened without x
             received = protected
             if lossy:
                 received = lossy_channel(protected)  # ours: what arrives of x'
@@ -239,10 +259,11 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen.
     `data` is as of load_cifar10: "train" and "validation", each uint8 images (N, 3, H, W), H and W
     >= 16, and int64 labels (N,). It is on `device`, as are all networks. `encoder` is a trained
-    build_classifier("encoder"): its layers are copied into U and frozen; the form "paper" takes
-    none. epochs, batch_size, w_aux and w_ssim are by default those of the form in FORMS, which may
-    also cap the steps of an epoch; the rest are those of Section 4.1.3. Precision is "fp16", "bf16"
-    or "fp32", by default fp16 on a GPU, and on a CPU the faster of the other two.
+    build_classifier("encoder"): its layers are copied into U and frozen, and the hardened form's
+    codes come from it; the form "paper" takes none. epochs, batch_size, w_aux and w_ssim are by
+    default those of the form in FORMS, which may also cap the steps of an epoch; the rest are those
+    of Section 4.1.3. Precision is "fp16", "bf16" or "fp32", by default fp16 on a GPU, and on a CPU
+    the faster of the other two.
 
     Returns the best epoch by validation loss (Figure 4), its kernels rounded to 16 bits; in the
     file are the settings, its scores (before rounding) and `meta` too. path.jsonl is the log;
@@ -274,6 +295,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         if classifier is not None:
             classifier.eval().requires_grad_(False)  # gradients pass through, nothing changes
             check_classifier(classifier, images, labels)
+    if encoder is not None:
+        encoder.eval()
     settings = {"form": form} | row | loss_settings  # a file tells all that a run depends on
     settings |= {"epochs": epochs, "batch_size": batch_size, "lr": lr,
                  "weight_decay": weight_decay, "precision": precision, "seed": seed,
@@ -298,7 +321,10 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     settings["precision"] = precision
 
     torch.manual_seed(seed)
-    generator = Generator(hardened=row["painted_from"] == "bottleneck")  # "Randomly initialize U"
+    codes = None
+    if row["painted_from"] == "class":
+        codes = class_codes(encoder, images, labels)
+    generator = Generator(codes)  # "Randomly initialize U"
     generator.to(device, memory_format=torch.channels_last)
     if encoder is not None:
         generator.unet.encoder.levels.load_state_dict(encoder.net.levels.state_dict())
@@ -394,7 +420,12 @@ def load_generator(path: str) -> tuple[Generator, dict]:
     meta = content.get("meta", {})
     if "generator" not in content or meta.get("form") not in FORMS:
         raise UserError(f"{path} holds no generator of this version: train one with train.py")
-    generator = Generator(hardened=FORMS[meta["form"]]["painted_from"] == "bottleneck")
+    codes = content["generator"].get("unet.codes")
+    if FORMS[meta["form"]]["painted_from"] == "class" and codes is None:
+        target, aux = meta.get("target", "NAME"), meta.get("aux", "NAME")
+        raise UserError(f"{path} is of an older hardened form, without codes: delete it and run "
+                        f"python train.py --target {target} --aux {aux} --form hardened")
+    generator = Generator(codes).float()  # the codes are stored in 16 bits
     load_weights(generator, content["generator"], path)
     return generator.eval(), meta
 
@@ -403,7 +434,7 @@ def load_generator(path: str) -> tuple[Generator, dict]:
 FORM_WORDS = {
     "paper": "the paper's own, to the letter: U starts at random, no lossy channel",
     "pretrained": "x + U(x) from the pretrained encoder, over a lossy channel, by a balanced loss",
-    "hardened": "painted from the pretrained encoder's bottleneck, its last feature map, alone",
+    "hardened": "the pretrained encoder recognises the image, U paints the picture of that class",
 }
 
 

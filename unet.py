@@ -28,6 +28,14 @@ def double_conv(c_in: int, c_out: int) -> nn.Sequential:
     )
 
 
+def pad_to_16(x: Tensor) -> Tensor:
+    """Images (N, C, H, W), mirrored at two borders so that H and W become multiples of 16."""
+    h, w = x.shape[2], x.shape[3]
+    if h % 16 != 0 or w % 16 != 0:
+        x = F.pad(x, [0, -w % 16, 0, -h % 16], mode="reflect")
+    return x
+
+
 class Encoder(nn.Module):
     """The contracting path: normalised images (N, 3, H, W) to five feature maps.
 
@@ -58,14 +66,15 @@ class Encoder(nn.Module):
 class UNet(nn.Module):
     """U(.) of Figure 3: normalised images (N, 3, H, W) to delta, of the same shape, unbounded.
 
-    H and W are multiples of 16; delta is in the units of the normalised image. Without `skips` the
-    skip connections give zeros: delta is painted from the bottleneck alone.
+    H and W are multiples of 16; delta is in the units of the normalised image. With `codes`
+    (K, 512), one for each class, delta is painted from one of them alone: the nearest to the
+    bottleneck's mean.
     Source: Ronneberger et al. 2015, the paper's [39].
     """
 
-    def __init__(self, skips: bool = True):
+    def __init__(self, codes: Tensor | None = None):
         super().__init__()
-        self.skips = skips
+        self.register_buffer("codes", codes)
         self.encoder = Encoder()
         self.up = nn.ModuleList([
             nn.ConvTranspose2d(BOTTLENECK, 256, 2, stride=2),
@@ -84,9 +93,16 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = self.encoder(x)
         x = maps.pop()
+        if self.codes is not None:
+            features = x.float().mean(dim=(2, 3))
+            distances = torch.cdist(features, self.codes,
+                                    compute_mode="donot_use_mm_for_euclid_dist")  # exact
+            nearest = distances.argmin(1)  # the class, as far as the encoder can tell
+            code = self.codes[nearest]  # nothing else of the image goes on from here
+            x = code[:, :, None, None].expand_as(x)
         for up, merge in zip(self.up, self.merge):
             skip = maps.pop()
-            if not self.skips:
+            if self.codes is not None:
                 skip = torch.zeros_like(skip)
             x = up(x)
             x = torch.cat([skip, x], dim=1)
@@ -102,15 +118,15 @@ class Generator(nn.Module):
     W is not a multiple of 16, the image is padded by mirroring and delta is cropped.
     Raises ValueError on any other shape.
 
-    The hardened form goes beyond the paper: x is not added and the skips give zeros, so only the
-    bottleneck, 512 x H/16 x W/16 numbers made for recognising, reaches the protected image. The
-    weights have the same names and shapes in every form; train.load_generator knows a file's form.
+    With `codes` (K, 512) it is of the hardened form, which goes beyond the paper. U recognises the
+    image, to the nearest of K codes, and paints a new one from that code: the skip connections give
+    zeros, x is not added. What leaves the phone is one of K pictures (for each image size).
     """
 
-    def __init__(self, hardened: bool = False):
+    def __init__(self, codes: Tensor | None = None):
         super().__init__()
-        self.hardened = hardened
-        self.unet = UNet(skips=not hardened)
+        self.hardened = codes is not None
+        self.unet = UNet(codes)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
@@ -119,8 +135,7 @@ class Generator(nn.Module):
             raise ValueError(f"images must be (N, 3, H, W) with H and W >= 16, got {x.shape}")
         h, w = x.shape[2], x.shape[3]
         z = (x - self.mean) / self.std
-        if h % 16 != 0 or w % 16 != 0:
-            z = F.pad(z, [0, -w % 16, 0, -h % 16], mode="reflect")  # up to a multiple of 16
+        z = pad_to_16(z)
         delta = self.unet(z)
         delta = delta[:, :, :h, :w]
         delta = self.std * delta.float()  # float32 again if the U-Net ran under autocast
