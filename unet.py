@@ -95,8 +95,9 @@ class UNet(nn.Module):
         x = maps.pop()
         if self.codes is not None:
             features = x.float().mean(dim=(2, 3))
+            # Without matrix products an image alone has the distances that it has in a batch.
             distances = torch.cdist(features, self.codes,
-                                    compute_mode="donot_use_mm_for_euclid_dist")  # exact
+                                    compute_mode="donot_use_mm_for_euclid_dist")
             nearest = distances.argmin(1)  # the class, as far as the encoder can tell
             code = self.codes[nearest]  # nothing else of the image goes on from here
             x = code[:, :, None, None].expand_as(x)
@@ -125,7 +126,7 @@ class Generator(nn.Module):
 
     def __init__(self, codes: Tensor | None = None):
         super().__init__()
-        self.hardened = codes is not None
+        self.hardened = codes is not None  # torch.fx loses the buffer where it is None
         self.unet = UNet(codes)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
