@@ -6,8 +6,8 @@ Each can be the target (the recognition service) or the auxiliary model (it play
 looks). "encoder", the U-Net's contracting path, is trained in the same way. In this file, in order:
 
     the networks      Classifier, build_classifier, load_classifier
-    CIFAR-10          load_cifar10, to_float, random_crop_flip
-    the training      learning_rate, accuracy (Eq. 5), Muon, train_epoch, train_classifier
+    CIFAR-10          load_cifar10, to_float, random_crop_flip, scoring_batches, check_data
+    the training      learning_rate, accuracy (Eq. 5), Muon, train_classifier
     for every script  files, settings that must agree, precision, progress
     the command       main
 """
@@ -23,9 +23,10 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from unet import BOTTLENECK, MEAN, STD, Encoder
 
 CLASSIFIERS = ("vgg13_bn", "vgg16_bn", "resnet18", "resnet34", "densenet121", "mobilenet_v2",
                "googlenet", "inception_v3")  # Table 1, in its order
-SCORING_BATCH = 100  # images at a time where nothing is trained: a quarter faster than 500 on a CPU
+SCORING_PIXELS = 100 * 32 * 32  # of a batch where nothing is trained: fast on a CPU, little memory
 
 
 class UserError(Exception):
@@ -259,6 +260,43 @@ def random_crop_flip(images: Tensor) -> Tensor:
     return torch.where(flip, cropped.flip(3), cropped)
 
 
+def scoring_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Go through tensors of the same images in small batches; the first is (N, 3, H, W)."""
+    _, _, h, w = tensors[0].shape
+    size = max(1, SCORING_PIXELS // (h * w))
+    return zip(*(tensor.split(size) for tensor in tensors))
+
+
+def check_data(data: dict, splits: Sequence[str], epochs: int) -> None:
+    """Raise, before the first step, where these splits of `data` cannot be used for a training.
+
+    ValueError where the images of a split are not uint8 or its labels not int64 (N,); UserError
+    where a split has no images, or where there are no epochs.
+    """
+    if epochs < 1:
+        raise UserError(f"epochs must be 1 or more, not {epochs}")
+    for split in splits:
+        images, labels = data[split]
+        if images.dtype != torch.uint8:
+            raise ValueError(f"{split} images must be torch.uint8, 0 to 255, not {images.dtype}")
+        if labels.dtype != torch.int64 or labels.shape != (len(images),):
+            raise ValueError(f"{split} labels must be torch.int64 ({len(images)},), "
+                             f"not {labels.dtype} {tuple(labels.shape)}")
+        if len(images) == 0:
+            raise UserError(f"there are no {split} images")
+
+
+def check_classes(data: dict, splits: Sequence[str]) -> None:
+    """Raise UserError where a class of these splits has no image to train with."""
+    trained = data["train"][1]
+    for split in splits:
+        labels = data[split][1]
+        untrained = labels[~torch.isin(labels, trained)]
+        if len(untrained) > 0:
+            raise UserError(f"class {untrained[0].item()} has {split} images, but none to train "
+                            "with: give it more images")
+
+
 # --- Training a classifier ------------------------------------------------------------------------
 def learning_rate(step: int, steps: int, max_lr: float) -> float:
     """Of steps 0 to `steps` - 1: linear warm-up for 30%, then a cosine to zero (authors' code)."""
@@ -273,7 +311,7 @@ def learning_rate(step: int, steps: int, max_lr: float) -> float:
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Eq. (5), in percent: uint8 images (N, 3, H, W) whose most likely class is their label."""
     correct = 0
-    for x, y in zip(images.split(SCORING_BATCH), labels.split(SCORING_BATCH)):
+    for x, y in scoring_batches(images, labels):
         predictions = classifier(to_float(x)).argmax(1)
         correct += (predictions == y).sum().item()
     return 100 * correct / len(labels)
@@ -353,7 +391,7 @@ def train_classifier_epoch(model: nn.Module, images: Tensor, labels: Tensor, muo
 
 def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 20,
                      batch_size: int = 256, lr: float = 0.03, precision: str | None = None,
-                     device: str = "cpu", seed: int = 0) -> Classifier:
+                     device: str | torch.device = "cpu", seed: int = 0) -> Classifier:
     """Train a classifier with plain cross-entropy, write it to path.pt and return it in eval mode.
 
     `data` is as of load_cifar10, on `device`, with any number of classes and images of any size
@@ -361,8 +399,13 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     those of "train" decides anything. Precision is "bf16" or "fp32", by default what is faster
     here. After a stop, the same call goes on from the last finished epoch; what is finished is read
     from path.pt. Raises UserError where that or a checkpoint is of other settings, images or
-    labels, and on a loss that is not finite.
+    labels, where it cannot be written, and on a loss that is not finite; and as check_data and
+    check_classes do.
     """
+    splits = [split for split in ("train", "validation", "test") if split in data]
+    check_data(data, splits, epochs)
+    check_classes(data, splits)
+    device = str(device)
     images, labels = data["train"]
     validation_images, validation_labels = data["validation"]
     batch_size = min(batch_size, len(images))
@@ -376,6 +419,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
         load_weights(model.net, content["classifier"], f"{path}.pt")
         print(f"{path}.pt is finished: delete it to train it again")
         return model.eval()
+    check_writable(f"{path}.pt")
     checkpoint = load_checkpoint(path, settings)
     if checkpoint is not None:
         precision = checkpoint["settings"]["precision"]
@@ -452,6 +496,19 @@ def save(path: str, content) -> None:
     finally:
         if os.path.exists(partial):  # the disk is full, say
             os.remove(partial)
+
+
+def check_writable(path: str) -> None:
+    """Raise UserError where no file can be written there: before the work, not after it."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder: give the name of a file")
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error})") from error
 
 
 def load(path: str) -> dict:
@@ -587,16 +644,29 @@ def positive_int(text: str) -> int:
     return value
 
 
+def present_device(text: str) -> str:
+    """An argparse type: the name of a device; a GPU must be there."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text} is no device: try cpu, cuda or cuda:1") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"there is no {text}: PyTorch finds {count} GPUs here")
+    return text
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="cpu, cuda, cuda:1 (default: %(default)s)")
+    parser.add_argument("--device", type=present_device, default=device,
+                        help="cpu, cuda, cuda:1 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--data", default="data", metavar="FOLDER",
                         help="where CIFAR-10 is or goes (default: %(default)s)")
 
 
-def run(main) -> None:
-    """Call a script's main: exit code 1 and one line for a UserError, 130 after Ctrl-C."""
+def run(main, stopped: str = "stopped") -> None:
+    """Call a script's main: one line and exit code 1 for a UserError, 130 after Ctrl-C."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions
     torch.backends.cuda.matmul.allow_tf32 = False  # and in matrix products
@@ -605,7 +675,7 @@ def run(main) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nstopped: a training goes on with the same command", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -641,4 +711,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, stopped="stopped: the same command goes on")

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments, autocast,
-                         build_classifier, choose_precision, find_classifier, fingerprint,
-                         hardware, learning_rate, load_cifar10, load_classifier, positive_int,
-                         print_progress, run, save, to_float)
+                         build_classifier, check_classes, check_data, check_writable,
+                         choose_precision, find_classifier, fingerprint, hardware, learning_rate,
+                         load_cifar10, load_classifier, positive_int, print_progress, run, save,
+                         scoring_batches, to_float)
 from ssim import ssim
 from train import FORMS, encode_png, load_generator, protect, score
 from unet import Generator, UNet, pad_to_16
@@ -59,15 +60,21 @@ TABLE_3 = {
 # --- The scores of one generator ------------------------------------------------------------------
 def psnr(images: Tensor, others: Tensor) -> float:
     """Mean peak signal-to-noise ratio in dB of pairs of uint8 images (N, 3, H, W)."""
-    difference = to_float(images) - to_float(others)
-    mse = (difference ** 2).mean(dim=(1, 2, 3))
+    errors = []
+    for x, y in scoring_batches(images, others):
+        difference = to_float(x) - to_float(y)
+        errors.append((difference ** 2).mean(dim=(1, 2, 3)))
+    mse = torch.cat(errors)
     return -10 * mse.log10().mean().item()
 
 
 def brightness(images: Tensor, block: int) -> Tensor:
     """Brightness of uint8 images (N, 3, H, W) over blocks, less its mean, of length 1: (N, B)."""
-    grey = to_float(images).mean(1)
-    blocks = F.avg_pool2d(grey, block).flatten(1)  # the batch stands in for channels
+    means = []
+    for [batch] in scoring_batches(images):
+        grey = to_float(batch).mean(1)
+        means.append(F.avg_pool2d(grey, block).flatten(1))  # the batch stands in for channels
+    blocks = torch.cat(means)
     return F.normalize(blocks - blocks.mean(1, keepdim=True))
 
 
@@ -111,10 +118,13 @@ def matched(images: Tensor, candidates: Tensor) -> float:
 def another_view(images: Tensor) -> Tensor:
     """uint8 images (N, 3, H, W), mirrored, shifted by two pixels and 10% brighter."""
     h, w = images.shape[2:]
-    x = to_float(images).flip(3)
-    x = F.pad(x, (2, 0, 2, 0), mode="replicate")[:, :, :h, :w]  # two to the right, two down
-    x = (1.1 * x).clamp(0, 1)
-    return (255 * x).round().to(torch.uint8)
+    views = []
+    for [batch] in scoring_batches(images):
+        x = to_float(batch).flip(3)
+        x = F.pad(x, (2, 0, 2, 0), mode="replicate")[:, :, :h, :w]  # two to the right, two down
+        x = (1.1 * x).clamp(0, 1)
+        views.append((255 * x).round().to(torch.uint8))
+    return torch.cat(views)
 
 
 def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
@@ -166,8 +176,11 @@ def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, cl
 def score_recovered(recovered: Tensor, originals: Tensor, target: nn.Module,
                     labels: Tensor) -> dict:
     """How much of the originals an attacker got back, both uint8 (N, 3, H, W); SSIM signed."""
+    similarities = []
+    for x, y in scoring_batches(originals, recovered):
+        similarities.append(ssim(to_float(x), to_float(y)))
     return {
-        "ssim": ssim(to_float(originals), to_float(recovered)).mean().item(),
+        "ssim": torch.cat(similarities).mean().item(),
         "psnr": psnr(originals, recovered),
         "re_identified": matched(recovered, originals),
         "target_accuracy": accuracy(target, recovered, labels),
@@ -194,7 +207,7 @@ class Attacker(nn.Module):
 
 def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, path: str, *,
                           epochs: int = 5, batch_size: int = 128, lr: float = 0.002,
-                          device: str = "cpu", seed: int = 0,
+                          device: str | torch.device = "cpu", seed: int = 0,
                           classes: Sequence[str] = ()) -> dict:
     """Train a U-Net to undo a generator, as anyone can who has it (it ships in the app).
 
@@ -203,8 +216,13 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     the first 1,000 test images, after each epoch: SSIM (signed), PSNR, and how many are
     re-identified, nearest to their own original (chance: 0.1% of 1,000). "class_mean" is what the
     class alone gives away. Writes path.json and path.png, where `classes` are the names of the
-    labels, and returns what is in the former.
+    labels, and returns what is in the former. Raises UserError where these cannot be written, and
+    as check_data and check_classes do.
     """
+    check_data(data, ["train", "test"], epochs)
+    check_classes(data, ["test"])
+    check_writable(f"{path}.json")
+    device = str(device)
     images, labels = data["train"]
     test_images = data["test"][0][:1000]
     test_labels = data["test"][1][:1000]
@@ -498,9 +516,10 @@ def draw_heatmaps(path: str, entries: list[dict]) -> None:
 
 # --- Overhead (Section 4.3, Table 3) --------------------------------------------------------------
 @torch.no_grad()
-def milliseconds(network: nn.Module, batch_size: int, device: str) -> float:
-    """ms an image of 32 x 32: the median of a second of runs, after three that warm up."""
-    x = torch.rand(batch_size, 3, 32, 32, device=device)
+def milliseconds(network: nn.Module, batch_size: int, device: str, h: int = 32,
+                 w: int = 32) -> float:
+    """ms an image of h x w: the median of a second of runs, after three that warm up."""
+    x = torch.rand(batch_size, 3, h, w, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     seconds = []
     while len(seconds) < 6 or sum(seconds[3:]) < 1:
@@ -533,43 +552,57 @@ def time_networks(device: str) -> dict:
 
 
 # --- Images of your own ---------------------------------------------------------------------------
-def open_image(path: str) -> Tensor:
-    """An image file, upright, on white, shrunk to what the target takes: uint8 (1, 3, 32, 32).
+def open_image(path: str, size: Sequence[int]) -> Tensor:
+    """An image file, upright, on white, squeezed to `size`, (H, W): uint8 (3, H, W).
 
     A generator hides at the size that it was trained for, so an image is shrunk before it is
     protected. Raises UserError where it cannot be read.
     """
+    h, w = size
     try:
         with Image.open(path) as image:
-            image.draft("RGB", (128, 128))  # a large JPEG is decoded small
+            image.draft("RGB", (4 * w, 4 * h))  # a large JPEG is decoded small
             image.load()
             image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises nearly every kind
         raise UserError(f"{path} cannot be read as an image ({error})") from error
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{path} has no 8 bits a channel: save it with 8")
-    image = image.convert("RGBA").resize((32, 32))
+    image = image.convert("RGBA").resize((w, h))
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @torch.no_grad()
-def protect_images(paths: list[str], generator: Generator, target: nn.Module, out: str) -> None:
-    """Write OUT/NAME-protected.png for each image, and OUT/NAME-sheet.png to look at."""
-    originals = {}
+def protect_images(paths: list[str], generator: Generator, size: Sequence[int],
+                   target: nn.Module | None, out: str) -> None:
+    """Write OUT/NAME-protected.png for each image, and OUT/NAME-sheet.png to look at.
+
+    size is the (H, W) that the generator was trained for; target, if it is one of Table 1's, says
+    what it sees. Raises UserError at the end if images could not be read.
+    """
+    failed = 0
     for name, path in name_files(paths).items():
-        originals[name] = open_image(path)  # all first: one that cannot be read is said at once
-    for name, original in originals.items():
+        try:
+            original = open_image(path, size)[None]
+        except UserError as error:  # the others are protected
+            print(f"error: {error}", flush=True)
+            failed += 1
+            continue
         protected = protect(generator, original)
         similarity = ssim(to_float(original), to_float(protected)).abs().item()
-        before = CLASSES[target(to_float(original)).argmax()]
-        after = CLASSES[target(to_float(protected)).argmax()]
+        title = f"|SSIM| {similarity:.3f}"
+        if target is not None:
+            before = CLASSES[target(to_float(original)).argmax()]
+            after = CLASSES[target(to_float(protected)).argmax()]
+            title = f"the target sees {before}, protected {after}; {title}"
         save(f"{out}/{name}-protected.png", encode_png(protected[0]))
-        title = f"the target sees {before}, protected {after}; |SSIM| {similarity:.3f}"
         rows = [(title, []), ("original", list(original)), ("protected", list(protected))]
         draw_sheet(f"{out}/{name}-sheet.png", rows)
         print(f"{name}: {title}  -> {out}/{name}-protected.png, {out}/{name}-sheet.png")
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} images could not be read, see above")
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -604,7 +637,8 @@ def open_generator(path: str) -> tuple[Generator, dict]:
     """load_generator, for one that train.py has trained. Raises UserError otherwise."""
     generator, meta = load_generator(path)
     if meta.get("target") not in CLASSIFIERS or meta.get("aux") not in (*CLASSIFIERS, "none"):
-        raise UserError(f"{path} names no classifiers of Table 1: only load_generator opens it")
+        raise UserError(f"{path} is for no classifier of Table 1: only --image and "
+                        "export_mobile.py take it")
     return generator.to(memory_format=torch.channels_last), meta
 
 
@@ -620,22 +654,31 @@ def main() -> None:
     parser.add_argument("--attack", nargs="?", type=positive_int, const=5, metavar="EPOCHS",
                         help="also train a U-Net to undo each generator, 5 epochs or EPOCHS")
     parser.add_argument("--image", nargs="+", metavar="FILE",
-                        help="only protect these, squeezed to 32 x 32")
+                        help="only protect these, squeezed to the size trained for")
     add_common_arguments(parser)
     args = parser.parse_args()
     if args.image and (args.timing or args.attack):
         parser.error("--image only protects images: run --timing and --attack without it")
     paths = args.generator or find_generators()
     if args.image:
-        generator, meta = open_generator(paths[0])
-        print(f"{paths[0]}, target {meta['target']}")
-        protect_images(args.image, generator, load_classifier(meta["target"]), args.out)
+        generator, meta = load_generator(paths[0])
+        if meta.get("target") in CLASSIFIERS:
+            name = meta["target"]
+            target = load_classifier(name)
+            h, w = 32, 32
+        else:
+            name = "your own"
+            target = None
+            h, w = meta["image_size"]
+        print(f"{paths[0]}, target {name}, {h} x {w}")
+        protect_images(args.image, generator, (h, w), target, args.out)
         return
 
     needed = set()
     for path in paths:  # what cannot be evaluated is said before the work
         _, meta = open_generator(path)
         needed.update([meta["target"], meta["aux"]])
+    check_writable(f"{args.out}/results.json")
     data = load_cifar10(args.data, args.device)
     images = data["test"][0][:args.limit]
     labels = data["test"][1][:args.limit]

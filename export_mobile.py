@@ -1,12 +1,14 @@
 """The generator on the phone, and the recognition service that it talks to (Section 3.4, Figure 5).
 
     python export_mobile.py             write runs/NAME.ptl for the phone and check it
+    python export_mobile.py --generator runs/mine.pt    the same, for a classifier of your own
     python export_mobile.py --demo      phone and service on this computer, end to end
     python export_mobile.py --serve     the service alone, for a phone or for --demo --connect
 
 The phone runs the .ptl file, the service the target, unchanged. Between them goes one TCP
 connection an image, as in the authors' app: 16 bytes with the length (ASCII digits, padded with
-spaces), that many bytes of PNG, and back comes the class as one digit.
+spaces), that many bytes of PNG, and back comes the class as one digit. That is for CIFAR-10 only:
+images of 32 x 32, ten classes.
 """
 
 import argparse
@@ -28,10 +30,10 @@ from torch.fx.experimental.optimization import fuse
 from torch.jit.mobile import _get_model_bytecode_version, _load_for_lite_interpreter
 from torch.nn import functional as F
 
-from classifiers import (CLASSIFIERS, UserError, accuracy, hardware, load_cifar10, load_classifier,
-                         positive_int, run, save, to_float)
-from evaluate import draw_sheet, find_generators, image_rows, milliseconds, open_generator
-from train import encode_png, protect
+from classifiers import (CLASSIFIERS, UserError, accuracy, check_writable, hardware, load_cifar10,
+                         load_classifier, positive_int, run, save, scoring_batches, to_float)
+from evaluate import draw_sheet, find_generators, image_rows, milliseconds
+from train import encode_png, load_generator, protect
 from unet import Generator
 
 BYTECODE = 8  # the newest that pytorch_android_lite 1.13.1 and 2.1.0 read
@@ -64,30 +66,56 @@ def export(generator: Generator, path: str) -> None:
 
 
 @torch.no_grad()
-def check(path: str, generator: Generator, target: nn.Module, images: Tensor,
-          labels: Tensor) -> dict:
-    """Hold the file against the generator on uint8 test images: outputs, accuracy, size, time."""
+def largest_difference(phone: nn.Module, generator: Generator, images: Tensor) -> float:
+    """Between what the file and the generator make of uint8 images (N, 3, H, W), in [0, 1]."""
+    largest = 0.0
+    for [batch] in scoring_batches(images):
+        x = to_float(batch)
+        difference = (phone(x) - generator(x)).abs().max().item()
+        largest = max(largest, difference)
+    return largest
+
+
+def check(path: str, generator: Generator, images: Tensor) -> dict:
+    """Hold the file against the generator on uint8 images (N, 3, H, W): outputs, size, time."""
     phone = _load_for_lite_interpreter(path)
-    small = to_float(images[:1000])
-    odd = F.interpolate(small[:100], (37, 50), mode="bilinear")  # no multiples of 16
-    difference = (phone(small) - generator(small)).abs().max().item()
-    odd_difference = (phone(odd) - generator(odd)).abs().max().item()
+    h, w = images.shape[2:]
+    odd_h = h // 16 * 16 + 5  # no multiples of 16
+    odd_w = w // 16 * 16 + 18
+    odd = F.interpolate(images[:100], (odd_h, odd_w), mode="bilinear")
+    difference = largest_difference(phone, generator, images)
+    odd_difference = largest_difference(phone, generator, odd)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on a phone
-    ms = milliseconds(phone, 1, "cpu")
+    ms = milliseconds(phone, 1, "cpu", h, w)
     torch.set_num_threads(threads)
     return {
         "megabytes": os.path.getsize(path) / 1e6,
+        f"largest difference, {h} x {w}": difference,
+        f"largest difference, {odd_h} x {odd_w}": odd_difference,
+        "ms an image, one thread": ms,  # Table 3's phone, 32 x 32: 10.52 to 10.84
+        "hardware": hardware("cpu"),
+        "torch": torch.__version__,
+    }
+
+
+def check_accuracy(path: str, generator: Generator, target: nn.Module, images: Tensor,
+                   labels: Tensor) -> dict:
+    """What the target recognises of uint8 test images, in percent (Eq. 5)."""
+    phone = _load_for_lite_interpreter(path)
+    return {
         "images": len(images),
         "accuracy on the originals": accuracy(target, images, labels),
         "accuracy through the generator": accuracy(target, protect(generator, images), labels),
         "accuracy through the file": accuracy(target, protect(phone, images), labels),
-        "largest difference, 32 x 32": difference,
-        "largest difference, 37 x 50": odd_difference,
-        "ms an image, one thread": ms,  # Table 3's phone: 10.52 to 10.84
-        "hardware": hardware("cpu"),
-        "torch": torch.__version__,
     }
+
+
+def random_images(h: int, w: int) -> Tensor:
+    """100 uint8 images (100, 3, h, w) of soft random colours."""
+    seeded = torch.Generator().manual_seed(0)
+    few_pixels = torch.randint(0, 256, (100, 3, 4, 4), dtype=torch.uint8, generator=seeded)
+    return F.interpolate(few_pixels, (h, w), mode="bilinear")
 
 
 # --- The service ----------------------------------------------------------------------------------
@@ -208,11 +236,13 @@ def main() -> None:
     mode.add_argument("--serve", action="store_true", help="run the service until Ctrl-C")
     mode.add_argument("--demo", action="store_true",
                       help="export, then protect test images and have them recognised")
-    parser.add_argument("--generator", metavar="FILE", help="(default: a hardened one)")
+    parser.add_argument("--generator", metavar="FILE",
+                        help="of train.py or of train_generator (default: a hardened one)")
     parser.add_argument("--out", metavar="FILE",
                         help="the file to write (default: runs/NAME.ptl); reports lie beside it")
     parser.add_argument("--target", choices=CLASSIFIERS, metavar="NAME",
-                        help="the service's classifier (default: the generator's target)")
+                        help="the service's classifier (default: the generator's target; a "
+                             "generator for your own classifier is checked without one)")
     parser.add_argument("--images", type=positive_int, default=1000, metavar="N",
                         help="use the first N of the 5,000 test images (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1",
@@ -225,12 +255,20 @@ def main() -> None:
                         help="where CIFAR-10 is or goes (default: %(default)s)")
     args = parser.parse_args()
 
+    if sys.version_info >= (3, 14) and not args.serve:
+        print("TorchScript is not supported on Python 3.14 and newer: if it fails, take 3.13")
     target_name = args.target
+    target = None
     if not args.serve or target_name is None:  # a service needs no generator
         path = args.generator or find_generators()[0]
-        generator, meta = open_generator(path)
-        target_name = target_name or meta["target"]
-    target = load_classifier(target_name)
+        generator, meta = load_generator(path)
+        if meta.get("target") in CLASSIFIERS:
+            target_name = target_name or meta["target"]
+        elif args.serve or args.demo or args.target:
+            raise UserError(f"{path} is for a classifier of your own: --serve, --demo and --target "
+                            "are for CIFAR-10 and Table 1's")
+    if target_name is not None:
+        target = load_classifier(target_name)
     if args.serve:
         try:
             server = RecognitionServer(target, args.host, args.port)
@@ -245,18 +283,26 @@ def main() -> None:
             parser.error(f"--connect takes HOST:PORT, not {args.connect}")
         address = (host, int(port))
     out = args.out or f"runs/{os.path.basename(path).removesuffix('.pt')}.ptl"
-    images, labels = load_cifar10(args.data)["test"]
-    images = images[:args.images]
-    labels = labels[:args.images]
+    check_writable(out)
+    if target is None:
+        images = random_images(*meta["image_size"])
+    else:
+        images, labels = load_cifar10(args.data)["test"]
+        images = images[:args.images]
+        labels = labels[:args.images]
     export(generator, out)
-    report = {"file": out, "generator": path, "target": target_name}
-    report |= check(out, generator, target, images, labels)
+    report = {"file": out, "generator": path}
+    report |= check(out, generator, images)
+    if target is not None:
+        report["target"] = target_name
+        report |= check_accuracy(out, generator, target, images, labels)
     if args.demo:
         report["demo"] = demo(out, target, images, labels, address)
     text = json.dumps(report, indent=1)
     save(f"{out}.json", text.encode())
     print(f"{text}\n-> {out}, {out}.json")
-    if max(report["largest difference, 32 x 32"], report["largest difference, 37 x 50"]) > 1e-4:
+    differences = [report[key] for key in report if key.startswith("largest difference")]
+    if max(differences) > 1e-4:
         raise UserError(f"{out} does not give the generator's images: see the largest difference")
 
 

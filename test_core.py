@@ -38,7 +38,7 @@ from train import load_generator, protect, protective_loss, score, train_generat
 from unet import Generator
 
 pytestmark = pytest.mark.filterwarnings(  # PyTorch Mobile's, which export_mobile.py silences
-    "ignore:.*torch.jit.script. is deprecated", "ignore:.*Lite Interpreter is deprecated")
+    "ignore:.*torch.jit.* is deprecated", "ignore:.*Lite Interpreter is deprecated")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 ROOT = Path(__file__).resolve().parent
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
@@ -615,7 +615,7 @@ def test_a_classifier_of_ones_own(tmp_path, own, monkeypatch):
     service = make_service()
     before = [parameter.clone() for parameter in service.parameters()]
     path = str(tmp_path / "mine")
-    settings = {"form": "paper", "epochs": 3, "batch_size": 16}
+    settings = {"form": "paper", "epochs": 3, "batch_size": 16, "device": torch.device("cpu")}
     generator = train_generator(service, None, own, path, **settings)
     log = [json.loads(line) for line in Path(f"{path}.jsonl").read_text().splitlines()]
     assert len(log) == 3
@@ -722,13 +722,13 @@ def test_what_does_not_belong_together_is_refused_before_the_first_step(tmp_path
     before = floats.clone()
     two = nn.Module()
     two.forward = lambda x: (x, x)
-    for classifier, train_split, words in (
+    for classifier, split, words in (
             (make_service(), (floats, labels), "must be torch.uint8"),
             (make_service(), (images, F.one_hot(labels)), "labels must be torch.int64 .98,."),
             (make_service(), (images, labels + 1), "labels must be 0 to 6"),
             (two, (images, labels), "must return logits")):
         with pytest.raises(ValueError, match=words):
-            data = {"train": train_split, "validation": own["validation"]}
+            data = {"train": split, "validation": split}
             train_generator(classifier, None, data, str(tmp_path / "mine"), form="paper")
     for form, encoder in (("pretrained", None), ("paper", build_classifier("encoder", 7))):
         with pytest.raises(ValueError, match=f"form {form}"):
@@ -736,6 +736,130 @@ def test_what_does_not_belong_together_is_refused_before_the_first_step(tmp_path
                             encoder=encoder)
     assert torch.equal(floats, before)
     assert os.listdir(tmp_path) == []
+
+
+class EvalReturnsNothing(nn.Sequential):
+    def eval(self):
+        super().eval()
+
+
+def make_layers():
+    """A service of 16 x 16 pixels that answers otherwise in training mode."""
+    torch.manual_seed(0)
+    return [nn.BatchNorm2d(3), nn.AvgPool2d(4), nn.Flatten(), nn.Dropout(), nn.Linear(48, 7)]
+
+
+def make_kinds():
+    """The same service as every kind of module that PyTorch knows; in training mode if it has one.
+    """
+    x = torch.rand(2, 3, 16, 16)
+    any_number = ({0: torch.export.Dim.DYNAMIC},)
+    trained = nn.Sequential(*make_layers()).eval()
+    return {
+        "traced": torch.jit.trace(trained, x),
+        "frozen": torch.jit.freeze(torch.jit.script(trained)),
+        "exported": torch.export.export(trained, (x,), dynamic_shapes=any_number).module(),
+        "scripted": torch.jit.script(nn.Sequential(*make_layers())),
+        "compiled": torch.compile(nn.Sequential(*make_layers()), backend="eager"),
+        "eval returns nothing": EvalReturnsNothing(*make_layers()),
+    }
+
+
+def test_a_service_may_be_any_kind_of_module(tmp_path, own, capsys):
+    data = shrink(own, "cpu")
+    settings = {"form": "paper", "epochs": 1, "batch_size": 4, "precision": "fp32"}
+    plain = nn.Sequential(*make_layers())
+    before = [value.clone() for value in plain.state_dict().values()]
+    expected = train_generator(plain, None, data, f"{tmp_path}/plain", **settings)
+    assert all(map(torch.equal, before, plain.state_dict().values()))  # batch norm's too
+    for kind, service in make_kinds().items():
+        generator = train_generator(service, None, data, f"{tmp_path}/{kind}", **settings)
+        difference = generator.unet.exit.weight - expected.unet.exit.weight
+        assert difference.abs().max() < 1e-3, kind
+        assert not any(parameter.requires_grad for parameter in service.parameters())
+        cannot_tell = "cannot tell whether it has changed" in capsys.readouterr().out
+        assert cannot_tell == (kind == "frozen")
+
+
+class ChangesItsInput(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+class Detached(nn.Sequential):
+    def forward(self, x):
+        return super().forward(torch.from_numpy(x.detach().numpy()))
+
+
+class Rounds(nn.Sequential):
+    def forward(self, x):
+        return super().forward((255 * x).round() / 255)
+
+
+@pytest.mark.parametrize("kind, words", [
+    (ChangesItsInput, "changes its input"), (Detached, "no gradient"), (Rounds, "no gradient"),
+    (lambda *layers: nn.Sequential(*layers, nn.Softmax(1)), "returns probabilities")])
+def test_a_service_that_breaks_its_contract_is_refused(tmp_path, own, kind, words):
+    service = kind(*make_service())
+    with pytest.raises(ValueError, match=words):
+        train_generator(service, None, own, f"{tmp_path}/mine", form="paper")
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_few_images_and_epochs_are_said_before_the_first_step(tmp_path, own):
+    images, labels = own["train"]
+    without_3 = (images[labels != 3], labels[labels != 3])
+    nothing = (images[:0], labels[:0])
+    path = f"{tmp_path}/mine"
+    for data, epochs, words in (
+            (own | {"validation": nothing}, 1, "there are no validation images"),
+            (own | {"train": nothing}, 1, "there are no train images"),
+            (own | {"train": without_3}, 1, "class 3 has validation images, but none to train"),
+            (own, 0, "epochs must be 1 or more")):
+        encoder = build_classifier("encoder", 7)
+        with pytest.raises(UserError, match=words):
+            train_classifier(encoder, data, path, epochs=epochs)
+        with pytest.raises(UserError, match=words):
+            train_generator(make_service(), None, data, path, form="hardened", encoder=encoder,
+                            epochs=epochs)
+        data = {"train": data["train"], "test": data["validation"]}
+        with pytest.raises(UserError, match=words.replace("validation", "test")):
+            evaluate.reconstruction_attack(make_generator(), make_service(), data, path,
+                                           epochs=epochs)
+    assert os.listdir(tmp_path) == []
+    # The paper's form needs no image of each class, and no training looks at more than it uses.
+    data = {"train": without_3, "validation": own["validation"], "test": nothing, "names": "abc"}
+    train_generator(make_service(), None, data, path, form="paper", epochs=1)
+
+
+def test_what_cannot_be_written_is_said_before_the_work(workplace, own, monkeypatch):
+    Path("a-file").write_text("no folder")
+    path = "a-file/mine"
+    data = own | {"test": own["validation"]}
+    with pytest.raises(UserError, match="cannot write a-file/mine.pt"):
+        train_classifier(build_classifier("encoder", 7), data, path)
+    with pytest.raises(UserError, match="cannot write a-file/mine.pt"):
+        train_generator(make_service(), None, data, path, form="paper")
+    with pytest.raises(UserError, match="cannot write a-file/mine.json"):
+        evaluate.reconstruction_attack(make_generator(), make_service(), data, path)
+    write_generator(f"runs/{NAME}.pt", make_generator(), target="resnet18", aux="none")
+    assert "cannot write a-file/" in call(monkeypatch, evaluate, "--out", "a-file")
+    assert "runs is a folder" in call(monkeypatch, export_mobile, "--out", "runs")
+
+
+def test_large_images_are_scored_a_few_at_a_time():
+    """As many pixels as 100 images of 32 x 32 have."""
+    seen = []
+
+    def network(x):
+        seen.append(len(x))
+        return 1 - x
+
+    images = torch.randint(0, 256, (30, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(protect(network, images), 255 - images)
+    assert seen == [25, 5]
+    protect(network, torch.zeros(2, 3, 400, 400, dtype=torch.uint8))
+    assert seen == [25, 5, 1, 1]
 
 
 @pytest.mark.parametrize("side", [16, 40])
@@ -768,7 +892,10 @@ def test_encoder_generator_and_attack_take_any_classes_and_sizes(tmp_path, own, 
 
 
 def test_the_readme_lines_for_ones_own_do_what_they_say(tmp_path, own, monkeypatch, capsys):
-    """The README's Python, as it stands, on a folder of images of 40 x 48 in seven classes."""
+    """The README's Python, as it stands, on a folder of images of 40 x 48 in seven classes.
+
+    And its last command: the phone's file.
+    """
     images, labels = own["train"]
     for i, (image, label) in enumerate(zip(images, labels.tolist())):
         folder = tmp_path / "my-images" / f"class-{label}"
@@ -780,6 +907,11 @@ def test_the_readme_lines_for_ones_own_do_what_they_say(tmp_path, own, monkeypat
     torch.manual_seed(0)
     net = nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(48, 7))
     names = {"MyClassifier": lambda: net}
+    truncated = tmp_path / "my-images" / "class-0" / "truncated.png"
+    truncated.write_bytes((tmp_path / "my-images" / "class-0" / "0.png").read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated.png cannot be read"):
+        exec(blocks[0], names)
+    truncated.unlink()
     for block in (blocks[0], *blocks):  # again: what is finished is read
         exec(block, names)
     assert names["protected"].dtype == torch.uint8
@@ -793,6 +925,11 @@ def test_the_readme_lines_for_ones_own_do_what_they_say(tmp_path, own, monkeypat
     assert "the target recognises" in printed
     assert "known_candidate_match" in printed
     assert sorted(os.listdir("runs")) == ["mine.jsonl", "mine.png", "mine.pt", "my-encoder.pt"]
+    assert call(monkeypatch, export_mobile, "--generator", "runs/mine.pt") == 0
+    phone = export_mobile._load_for_lite_interpreter("runs/mine.ptl")
+    on_the_phone = protect(phone, names["data"]["test"][0])
+    difference = on_the_phone.float() - names["protected"].float()
+    assert difference.abs().max() <= 1  # rounding
 
 
 def stop_at_the_checkpoint(path, content):
@@ -861,6 +998,7 @@ def test_the_papers_form_has_the_settings_of_section_4_1_3(workplace, monkeypatc
         settings = torch.load(f"runs/{name}.checkpoint")["settings"]
         assert {key: settings[key] for key in expected} == expected
     assert capsys.readouterr().out.count("to the letter") == 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for words in (["--device", "cuda"], ["--device", "cpu"]):
         monkeypatch.setattr(sys, "argv", ["train.py", *PAIR, *words])
         assert train.parse_arguments().form == "pretrained"
@@ -1019,11 +1157,32 @@ def test_a_stopped_fp16_run_goes_on_with_its_scale(tmp_path, own, monkeypatch, d
     assert losses[0] == pytest.approx(losses[1], rel=0 if device == "cpu" else 0.01)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_one_line(workplace, monkeypatch, capsys, device):
+    monkeypatch.setattr(train, "load_cifar10", None)  # it comes before the data
+    assert call(monkeypatch, train, *PAIR, "--device", device) == 2
+    assert capsys.readouterr().err.splitlines()[-1].count(f" {device}") == 1
+
+
 def test_interrupt_is_one_line(workplace):
-    process = start("train", *PAIR, "--epochs", "50", "--form", "paper")
+    command = [sys.executable, "-u", ROOT / "train.py", *PAIR, "--form", "paper", "--epochs", "50",
+               "--limit", "100", "--data", ROOT / "data", "--precision", "fp32", "--device", "cpu"]
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, handler)
     error = stop_after("epoch 1/50", process, signal.SIGINT)
     assert process.returncode == 130
-    assert error.strip() == "stopped: a training goes on with the same command"
+    assert error.strip() == "stopped: the same command goes on"
+
+
+def test_an_interrupt_promises_nothing_where_nothing_goes_on(workplace, monkeypatch, capsys):
+    def interrupt(folder, device):
+        raise KeyboardInterrupt
+
+    write_generator(f"runs/{NAME}.pt", make_generator(), target="resnet18", aux="none")
+    monkeypatch.setattr(evaluate, "load_cifar10", interrupt)
+    assert call(monkeypatch, evaluate, "--attack") == 130
+    assert capsys.readouterr().err.strip() == "stopped"
 
 
 # --- evaluate.py ----------------------------------------------------------------------------------
@@ -1351,7 +1510,8 @@ def test_the_whole_command(workplace, monkeypatch, capsys, few):
     assert {key: result[key] for key in scores} == pytest.approx(scores, rel=1e-4)
 
     write_generator("nameless.pt", make_generator())
-    assert "names no classifiers" in call(monkeypatch, evaluate, "--generator", "nameless.pt")
+    line = call(monkeypatch, evaluate, "--generator", "nameless.pt")
+    assert "nameless.pt is for no classifier of Table 1" in line
     broken = make_generator()
     broken.unet.exit.bias.data.fill_(torch.nan)
     write_generator("broken.pt", broken, target="resnet18", aux="none")
@@ -1409,7 +1569,7 @@ def test_nothing_to_evaluate(tmp_path, monkeypatch):
         "runs/generator-b-hardened.pt", "weights/generator-a.pt", "runs/generator-b.pt"]
 
 
-def test_images_of_ones_own_are_shrunk_upright_and_on_white(workplace, monkeypatch):
+def test_images_of_ones_own_are_shrunk_upright_and_on_white(workplace, monkeypatch, capsys):
     write_generator(f"runs/{NAME}.pt", make_generator(), target="resnet18", aux="none")
     pixels = np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)
     colour = Image.fromarray(pixels)
@@ -1426,20 +1586,23 @@ def test_images_of_ones_own_are_shrunk_upright_and_on_white(workplace, monkeypat
     clear = colour.convert("RGBA")
     clear.putalpha(0)
     clear.save("clear.png")
-    assert evaluate.open_image("clear.png").min() == 255
+    assert evaluate.open_image("clear.png", (20, 30)).min() == 255
     exif = Image.Exif()
     exif[0x0112] = 6  # it lies on its side
     for ending in ("tif", "png"):
         colour.save(f"turned.{ending}", exif=exif)
-        on_its_side = evaluate.open_image(f"turned.{ending}").rot90(1, (2, 3))
-        upright = evaluate.open_image("colour.png")
-        assert (on_its_side.float() - upright.float()).abs().max() <= 2  # rounding
+        on_its_side = evaluate.open_image(f"turned.{ending}", (30, 20)).rot90(1, (1, 2))
+        upright = evaluate.open_image("colour.png", (20, 30))
+        assert (on_its_side.float() - upright.float()).abs().mean() < 1  # rounding
     Image.fromarray(np.uint16(pixels[:, :, 0]) * 257).save("deep.png")
     Path("text.png").write_text("no image")
+    files = ["deep.png", "colour.png", "text.png", "absent.png"]
+    line = call(monkeypatch, evaluate, "--image", *files, "--out", "one")
+    assert "3 of 4 images could not be read" in line
+    printed = capsys.readouterr().out
     for name in ("deep.png", "text.png", "absent.png"):
-        line = call(monkeypatch, evaluate, "--image", "colour.png", name, "--out", "none")
-        assert name in line and "\n" not in line
-    assert not os.path.exists("none")
+        assert f"error: {name}" in printed
+    assert sorted(os.listdir("one")) == ["colour-protected.png", "colour-sheet.png"]
 
 
 def test_milliseconds_are_an_images(monkeypatch):
@@ -1484,6 +1647,28 @@ def test_export_holds_the_file_against_the_generator(workplace, monkeypatch):
     monkeypatch.setattr(export_mobile, "_load_for_lite_interpreter",
                         lambda path: lambda x: whole(path)(x) * 0.99)
     assert "does not give" in call(monkeypatch, export_mobile, "--images", "20")
+
+
+def test_a_generator_for_ones_own_classifier_goes_to_the_phone(workplace, monkeypatch):
+    """At the size that it was trained for, and without CIFAR-10."""
+    generator = make_generator(hardened=True)
+    write_generator("runs/mine.pt", generator, image_size=[40, 48])
+    monkeypatch.setattr(export_mobile, "load_cifar10", None)
+    assert call(monkeypatch, export_mobile, "--generator", "runs/mine.pt") == 0
+    report = json.loads(Path("runs/mine.ptl.json").read_text())
+    assert report["largest difference, 40 x 48"] < 1e-4
+    Image.effect_noise((70, 50), 100).convert("RGB").save("photo.png")
+    words = ["--generator", "runs/mine.pt", "--image", "photo.png", "--out", "out"]
+    assert call(monkeypatch, evaluate, *words) == 0
+    protected = protect(generator, evaluate.open_image("photo.png", (40, 48))[None])
+    with Image.open("out/photo-protected.png") as image:
+        assert np.array_equal(np.array(image), protected[0].permute(1, 2, 0).numpy())
+    for script, mode in ((evaluate, "--timing"), (export_mobile, "--demo"),
+                         (export_mobile, "--serve")):
+        line = call(monkeypatch, script, mode, "--generator", "runs/mine.pt")
+        assert "runs/mine.pt is for" in line
+    line = call(monkeypatch, export_mobile, "--generator", "runs/mine.pt", "--target", "resnet18")
+    assert "runs/mine.pt is for a classifier of your own" in line
 
 
 @pytest.fixture

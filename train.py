@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import make_grid
 
-from classifiers import (CLASSIFIERS, SCORING_BATCH, Classifier, UserError, accuracy,
-                         add_common_arguments, autocast, check_settings, choose_precision,
-                         find_classifier, fingerprint, hardware, learning_rate, load,
-                         load_checkpoint, load_cifar10, load_classifier, load_weights, positive_int,
-                         print_progress, random_crop_flip, run, save, to_16_bits, to_float)
+from classifiers import (CLASSIFIERS, Classifier, UserError, accuracy, add_common_arguments,
+                         autocast, check_classes, check_data, check_settings, check_writable,
+                         choose_precision, find_classifier, fingerprint, hardware, learning_rate,
+                         load, load_checkpoint, load_cifar10, load_classifier, load_weights,
+                         positive_int, print_progress, random_crop_flip, run, save, scoring_batches,
+                         to_16_bits, to_float)
 from ssim import ssim
 from unet import Generator, pad_to_16
 
@@ -115,7 +116,7 @@ def class_codes(encoder: Classifier, images: Tensor, labels: Tensor) -> Tensor:
     for label in labels.unique():
         of_class = images[labels == label][:500]
         features = []
-        for batch in of_class.split(SCORING_BATCH):
+        for [batch] in scoring_batches(of_class):
             z = (to_float(batch) - encoder.mean) / encoder.std
             features.append(encoder.net.features(pad_to_16(z)))  # as in Generator
         codes.append(torch.cat(features).mean(0))
@@ -162,7 +163,7 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
     Raises UserError where the network gives no number, which 8 bits would hide.
     """
     protected = []
-    for batch in images.split(SCORING_BATCH):
+    for [batch] in scoring_batches(images):
         output = generator(to_float(batch))
         if output.isnan().any():
             raise UserError("the output of the network is not a number")
@@ -186,10 +187,9 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
     aux_correct = 0
     aux_logits = None
     similarities = []
-    for i in range(0, len(images), SCORING_BATCH):
-        x = to_float(images[i:i + SCORING_BATCH])
-        x_protected = to_float(protected[i:i + SCORING_BATCH])
-        y = labels[i:i + SCORING_BATCH]
+    for x, x_protected, y in scoring_batches(images, protected, labels):
+        x = to_float(x)
+        x_protected = to_float(x_protected)
         target_logits = target(x_protected)
         target_correct += (target_logits.argmax(1) == y).sum().item()
         if aux is not None:
@@ -219,17 +219,41 @@ def encode_png(image: Tensor) -> bytes:
 
 
 # --- A whole training -----------------------------------------------------------------------------
+def freeze(classifier: nn.Module) -> None:
+    """Put a classifier into eval mode and fix its weights; gradients still reach the image."""
+    try:
+        classifier.eval()
+    except NotImplementedError:
+        pass  # a module of torch.export's stays in the mode in which it was exported
+    for parameter in classifier.parameters():
+        parameter.requires_grad_(False)
+
+
 def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Raise ValueError where these do not belong together: now, not after an epoch."""
-    if labels.dtype != torch.int64 or labels.shape != (len(images),):
-        raise ValueError(f"labels must be torch.int64 ({len(images)},), not {labels.dtype} "
-                         f"{tuple(labels.shape)}")
-    with torch.no_grad():
-        logits = classifier(to_float(images[:2]))
+    """Raise ValueError, before the first step, where no generator can be trained for a classifier.
+
+    It must return logits, as many as there are classes, leave its input unchanged, and pass
+    gradients back to it. Its weights are frozen, so the only gradients are the image's.
+    """
+    x = to_float(images[:2]).requires_grad_()
+    given = x.clone()  # like a protected image: not a leaf of the graph
+    logits = classifier(given)
+    if not torch.equal(given, x):
+        raise ValueError("the classifier changes its input in place: let it work on a copy")
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError("a classifier must return logits (N, classes), nothing else")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels must be 0 to {logits.shape[1] - 1}, as many as there are logits")
+    sums = logits.sum(1)
+    if logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        raise ValueError("the classifier returns probabilities: it must return the logits, from "
+                         "which softmax makes them")
+    gradient = torch.zeros_like(x)
+    if logits.requires_grad:
+        gradient = torch.autograd.grad(logits.square().sum(), x)[0]
+    if not gradient.any():
+        raise ValueError("the classifier passes no gradient back to the image: no_grad, detach, "
+                         "numpy and rounding stop it")
 
 
 def draw_protected(path: str, images: Tensor, protected: Tensor) -> None:
@@ -252,27 +276,31 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
                     epochs: int | None = None, batch_size: int | None = None, lr: float = 0.005,
                     weight_decay: float = 0.0005, w_target: float = 1.0,
                     w_aux: float | None = None, w_ssim: float | None = None,
-                    precision: str | None = None, device: str = "cpu", seed: int = 0,
-                    meta: dict | None = None) -> Generator:
+                    precision: str | None = None, device: str | torch.device = "cpu",
+                    seed: int = 0, meta: dict | None = None) -> Generator:
     """Algorithm 1, for any classifiers and images: train a generator and write it to path.pt.
 
-    target and aux take images (N, 3, H, W) in [0, 1] and give logits (N, classes); they are frozen.
-    `data` is as of load_cifar10: "train" and "validation", each uint8 images (N, 3, H, W), H and W
-    >= 16, and int64 labels (N,). It is on `device`, as are all networks. `encoder` is a trained
-    build_classifier("encoder"): its layers are copied into U and frozen, and the hardened form's
-    codes come from it; the form "paper" takes none. epochs, batch_size, w_aux and w_ssim are by
-    default those of the form in FORMS, which may also cap the steps of an epoch; the rest are those
-    of Section 4.1.3. Precision is "fp16", "bf16" or "fp32", by default fp16 on a GPU, and on a CPU
-    the faster of the other two.
+    target and aux are modules of any kind, scripted ones too; they take images (N, 3, H, W) in
+    [0, 1], give logits (N, classes), and are frozen. `data` is as of load_cifar10: "train" and
+    "validation", each uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,). It is on
+    `device`, as are all networks. `encoder` is a trained build_classifier("encoder"): its layers
+    are copied into U and frozen, and the hardened form's codes come from it; the form "paper" takes
+    none. epochs, batch_size, w_aux and w_ssim are by default those of the form in FORMS, which may
+    also cap the steps of an epoch; the rest are those of Section 4.1.3. Precision is "fp16", "bf16"
+    or "fp32", by default fp16 on a GPU, and on a CPU the faster of the other two.
 
     Returns the best epoch by validation loss (Figure 4), its kernels rounded to 16 bits; in the
-    file are the settings, its scores (before rounding) and `meta` too. path.jsonl is the log;
-    path.png shows eight validation images above what the best epoch makes of them. After a stop,
-    the same call goes on from the last finished epoch; what is finished is read from path.pt.
+    file are the settings, its scores (before rounding), the images' size and `meta` too.
+    path.jsonl is the log; path.png shows eight validation images above what the best epoch makes of
+    them. After a stop, the same call goes on from the last finished epoch; what is finished is read
+    from path.pt.
 
-    Raises UserError where that or a checkpoint is of other settings, networks or images, and on a
-    loss that is not finite; ValueError where the form, networks and data do not belong together.
+    Raises UserError where that or a checkpoint is of other settings, networks or images, where it
+    cannot be written, and on a loss that is not finite; ValueError where the form, networks and
+    data do not belong together; and as check_data, check_classifier and, for the hardened form,
+    check_classes do.
     """
+    device = str(device)
     row = FORMS[form]
     if row["start"] == "encoder" and encoder is None:
         raise ValueError(f"form {form} starts from a trained encoder: encoder is missing")
@@ -284,6 +312,9 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         epochs = row["epochs"]
     if batch_size is None:
         batch_size = row["batch_size"]
+    check_data(data, ["train", "validation"], epochs)
+    if row["painted_from"] == "class":
+        check_classes(data, ["validation"])
     batch_size = min(batch_size, len(images))
     if w_aux is None:
         w_aux = row["w_aux"]
@@ -293,8 +324,11 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
                      "balanced": row["balanced"]}
     for classifier in (target, aux):
         if classifier is not None:
-            classifier.eval().requires_grad_(False)  # gradients pass through, nothing changes
+            freeze(classifier)
             check_classifier(classifier, images, labels)
+            if not classifier.state_dict():
+                print(f"{path}: a classifier's state_dict is empty, so a later call cannot tell "
+                      "whether it has changed")
     if encoder is not None:
         encoder.eval()
     settings = {"form": form} | row | loss_settings  # a file tells all that a run depends on
@@ -313,6 +347,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         check_settings(f"{path}.pt", before, settings)
         print(f"{path}.pt is finished: delete it to train it again", flush=True)
         return generator.to(device)
+    check_writable(f"{path}.pt")
     checkpoint = load_checkpoint(path, settings)
     if checkpoint is not None:
         precision = checkpoint["settings"]["precision"]
@@ -386,7 +421,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
                     "seconds": seconds})
         # The loss chooses, as in the paper, although the auxiliary term of Eq. (2) swamps the rest.
         if best is None or scores["loss"]["total"] < best["meta"]["validation"]["loss"]["total"]:
-            facts = settings | log[-1] | {"hardware": hardware(device)}
+            facts = settings | log[-1] | {"hardware": hardware(device),
+                                          "image_size": list(images.shape[2:])}
             best = {"generator": to_16_bits(generator.state_dict()),
                     "meta": facts | (meta or {})}
             draw_protected(f"{path}.png", validation_images[:8], protected[:8])
@@ -414,7 +450,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
 def load_generator(path: str) -> tuple[Generator, dict]:
     """A file of train_generator: (generator in eval mode on the CPU, its settings and scores).
 
-    Its form is the settings' "form". Raises UserError where the file is something else.
+    Its form is the settings' "form", and "image_size" the (H, W) that it was trained for. Raises
+    UserError where the file is something else.
     """
     content = load(path)
     meta = content.get("meta", {})
@@ -543,4 +580,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, stopped="stopped: the same command goes on")
