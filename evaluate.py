@@ -58,32 +58,25 @@ TABLE_3 = {
 
 
 # --- The scores of one generator ------------------------------------------------------------------
-def psnr(images: Tensor, others: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of pairs of uint8 images (N, 3, H, W)."""
-    errors = []
-    for x, y in scoring_batches(images, others):
-        difference = to_float(x) - to_float(y)
-        errors.append((difference ** 2).mean(dim=(1, 2, 3)))
-    mse = torch.cat(errors)
-    return -10 * mse.log10().mean().item()
-
-
 def brightness(images: Tensor, block: int) -> Tensor:
-    """Brightness of uint8 images (N, 3, H, W) over blocks, less its mean, of length 1: (N, B)."""
+    """Return the brightness of uint8 images (N, 3, H, W) over blocks, as vectors (N, blocks).
+
+    Their mean is 0 and their length 1, so that their products are correlations.
+    """
     means = []
     for [batch] in scoring_batches(images):
         grey = to_float(batch).mean(1)
-        means.append(F.avg_pool2d(grey, block).flatten(1))  # the batch stands in for channels
+        means.append(F.avg_pool2d(grey, block).flatten(1))  # each image is a channel here
     blocks = torch.cat(means)
     return F.normalize(blocks - blocks.mean(1, keepdim=True))
 
 
 def brightness_correlation(images: Tensor, protected: Tensor, block: int = 1) -> dict:
-    """Does a protected image look more like its own original than like another's? Both uint8.
+    """Say whether protected images look like their own originals, both uint8 (N, 3, H, W).
 
-    Returns the mean absolute correlation of brightness with its "own" original and with the "other"
-    one, over averages of block x block pixels: what is seen from afar. SSIM can be fooled (Section
-    7.3); a generator that hides has both nearly equal.
+    Returns the mean absolute correlation of brightness with the "own" original and with an "other"
+    one. If both are nearly equal, nothing of the original shows; SSIM can be fooled (Section 7.3).
+    Averages over block x block pixels stand for what is seen from afar.
     """
     x = brightness(images, block)
     y = brightness(protected, block)
@@ -93,7 +86,7 @@ def brightness_correlation(images: Tensor, protected: Tensor, block: int = 1) ->
 
 
 def jpeg(images: Tensor, subsampling: str, quality: int = 75) -> Tensor:
-    """uint8 images (N, 3, H, W) as they come out of a JPEG file; "4:2:0": colour at half size."""
+    """Return uint8 images (N, 3, H, W) as a JPEG file gives them back; 4:2:0 halves the colour."""
     received = []
     for image in images.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -103,20 +96,20 @@ def jpeg(images: Tensor, subsampling: str, quality: int = 75) -> Tensor:
 
 
 def matched(images: Tensor, candidates: Tensor) -> float:
-    """Percent of uint8 images (N, 3, H, W) whose nearest candidate is the one at the same index.
+    """Return the percentage of uint8 images (N, 3, H, W) whose own candidate is the nearest one.
 
-    Where n candidates are equally near and that one is among them, the image counts 1 / n.
+    Its own candidate has the same index. If it is one of n that are equally near, it counts 1 / n.
     """
     x = to_float(images).flatten(1)
     y = to_float(candidates).flatten(1)
-    distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")  # equal for equals
+    distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")  # exact for equals
     nearest = distances == distances.amin(1, keepdim=True)
     shares = nearest.diagonal().double() / nearest.sum(1)
     return 100 * shares.mean().item()
 
 
 def another_view(images: Tensor) -> Tensor:
-    """uint8 images (N, 3, H, W), mirrored, shifted by two pixels and 10% brighter."""
+    """Mirror uint8 images (N, 3, H, W), shift them by two pixels, and make them 10% brighter."""
     h, w = images.shape[2:]
     views = []
     for [batch] in scoring_batches(images):
@@ -128,12 +121,11 @@ def another_view(images: Tensor) -> Tensor:
 
 
 def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
-    """How many of uint8 images (N, 3, H, W) are found among their protected ones, in percent.
+    """Say how many of uint8 images (N, 3, H, W) are found among their protected ones, in percent.
 
-    Somebody has the generator and "another_view" of each image: he protects his view and takes the
-    nearest of the N protected images for its own. "known_candidate_match": he has the image itself,
-    and guesses among all protected images that equal its own. "class_alone": he only knows its
-    class, and guesses among the images of that class.
+    Somebody has the generator. With "another_view" of an image he protects that view and takes the
+    nearest of the N protected images. With the image itself, "known_candidate_match", he guesses
+    among the protected images that equal its own; with the class, "class_alone", among its images.
     """
     protected = protect(generator, images)
     view = protect(generator, another_view(images))
@@ -146,9 +138,9 @@ def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
 
 def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, classifiers: dict,
                        clean: dict, images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
-    """All scores of one generator on uint8 images (N, 3, H, W), and the protected images.
+    """Return all scores of one generator on uint8 images (N, 3, H, W), and the protected images.
 
-    `classifiers` and `clean`, their accuracies on the originals, go by name.
+    `classifiers`, and `clean`, their accuracies on the originals, are dicts by name.
     """
     protected = protect(generator, images)
     target = classifiers[target_name]
@@ -175,13 +167,17 @@ def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, cl
 # --- The reconstruction attack --------------------------------------------------------------------
 def score_recovered(recovered: Tensor, originals: Tensor, target: nn.Module,
                     labels: Tensor) -> dict:
-    """How much of the originals an attacker got back, both uint8 (N, 3, H, W); SSIM signed."""
+    """Score what an attacker got back, beside the originals, both uint8 (N, 3, H, W)."""
     similarities = []
+    errors = []
     for x, y in scoring_batches(originals, recovered):
-        similarities.append(ssim(to_float(x), to_float(y)))
+        x = to_float(x)
+        y = to_float(y)
+        similarities.append(ssim(x, y))
+        errors.append(((x - y) ** 2).mean(dim=(1, 2, 3)))
     return {
         "ssim": torch.cat(similarities).mean().item(),
-        "psnr": psnr(originals, recovered),
+        "psnr": -10 * torch.cat(errors).log10().mean().item(),  # in dB
         "re_identified": matched(recovered, originals),
         "target_accuracy": accuracy(target, recovered, labels),
     }
@@ -193,7 +189,7 @@ def describe_recovered(scores: dict) -> str:
 
 
 class Attacker(nn.Module):
-    """Protected images (N, 3, H, W) in [0, 1], H and W >= 16, to guesses at the originals."""
+    """Guesses the originals of protected images (N, 3, H, W) in [0, 1], H and W >= 16."""
 
     def __init__(self):
         super().__init__()
@@ -209,15 +205,14 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
                           epochs: int = 5, batch_size: int = 128, lr: float = 0.002,
                           device: str | torch.device = "cpu", seed: int = 0,
                           classes: Sequence[str] = ()) -> dict:
-    """Train a U-Net to undo a generator, as anyone can who has it (it ships in the app).
+    """Train a U-Net to undo a generator, as anyone can who has the app that it ships in.
 
-    The attacker has images of the same kind: it gets the protected training images, flipped too,
-    in 8 bits, and learns to return the originals (squared error and 1 - SSIM, AdamW). Scores are of
-    the first 1,000 test images, after each epoch: SSIM (signed), PSNR, and how many are
-    re-identified, nearest to their own original (chance: 0.1% of 1,000). "class_mean" is what the
-    class alone gives away. Writes path.json and path.png, where `classes` are the names of the
-    labels, and returns what is in the former. Raises UserError where these cannot be written, and
-    as check_data and check_classes do.
+    The attacker protects training images and their mirror images, and learns to return the
+    originals (squared error and 1 - SSIM, AdamW). After each epoch it is scored on the first 1,000
+    test images: SSIM (signed), PSNR in dB, and the percentage that is re-identified, nearest to its
+    own original. "class_mean" has the scores of the mean image of the right class. Writes path.json
+    and path.png, and returns the content of path.json; `classes` names the labels in the picture.
+    Raises UserError if these cannot be written, and what check_data and check_classes raise.
     """
     check_data(data, ["train", "test"], epochs)
     check_classes(data, ["test"])
@@ -229,7 +224,6 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     sent = protect(generator, test_images)
     precision = choose_precision(device, "bf16")
     n = len(images)
-    print(f"{path}: protecting {n:,} training images and their mirror images", flush=True)
     originals = torch.cat([images, images.flip(3)])
     protected = protect(generator, originals)
     count = int(labels.max()) + 1
@@ -279,7 +273,7 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
             if i % 50 == 49:
                 print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
 
-        recovered = protect(attacker.eval(), sent)  # runs any image network, 8 bits in and out
+        recovered = protect(attacker.eval(), sent)  # it runs any image network
         scores = score_recovered(recovered, test_images, target, test_labels)
         results["epochs"].append(scores)
         save(f"{path}.json", json.dumps(results, indent=1).encode())
@@ -292,24 +286,23 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
     return results
 
 
-# --- Table 2 (Section 4.2.2) ----------------------------------------------------------------------
+# --- The tables, as README.md and assets/results.md show them -------------------------------------
 def summarise(entries: list[dict]) -> dict:
-    """What Section 4.2.2 says about several generators, entries of results.json.
+    """Sum up the generators of one form, entries of results.json, as Section 4.2.2 does.
 
-    "table_2": min, median, max over the auxiliary models and the accuracy without one, by target;
-    None for what was not trained. "pairs" and how many of them lose under 5 points.
+    "table_2" has, for each target, the min, median and max over the auxiliary models and the
+    accuracy without one; None stands for what was not trained. "pairs" counts the generators with
+    an auxiliary model, "pairs_under_5_points" those of them that lose less than 5 points.
     """
     table_2 = {}
     for target in CLASSIFIERS:
         by_aux = {e["aux"]: e["target_accuracy"] for e in entries if e["target"] == target}
         if by_aux:
             none = by_aux.pop("none", None)
-            row = {"pairs": len(by_aux), "min": None, "median": None, "max": None, "none": none}
-            if by_aux:
-                row["min"] = min(by_aux.values())
-                row["median"] = statistics.median(by_aux.values())
-                row["max"] = max(by_aux.values())
-            table_2[target] = row
+            values = list(by_aux.values()) or [None]
+            table_2[target] = {"pairs": len(by_aux), "min": min(values), "max": max(values),
+                               "median": statistics.median(values), "none": none}
+
     drops = [entry["drop"] for entry in entries if entry["aux"] != "none"]
     under_5 = sum(drop < 5 for drop in drops)
     return {"table_2": table_2, "pairs": len(drops), "pairs_under_5_points": under_5}
@@ -321,37 +314,83 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}"
 
 
-def print_scores(result: dict) -> None:
-    """One generator's entry of results.json, for people."""
-    pixels = result["correlation"]
-    blocks = result["correlation_4x4"]
-    jpeg_accuracy = result["jpeg"]
-    links = result["linked"]
-    print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
-          f"auxiliary {number(result['aux_accuracy'])}%")
-    print(f"  target, after JPEG of quality 75: 4:4:4 {jpeg_accuracy['4:4:4']:.2f}%, "
-          f"4:2:0 {jpeg_accuracy['4:2:0']:.2f}%")
-    for other, value in result["unseen"].items():
-        print(f"  {other}, which it never met: {value:.2f}%")
-    print(f"  |SSIM| {result['ssim']:.4f}, at most {result['ssim_largest']:.3f}")
-    print("  correlation of brightness with its own original / another's: "
-          f"{pixels['own']:.3f} / {pixels['other']:.3f}; "
-          f"over 4 x 4 blocks {blocks['own']:.3f} / {blocks['other']:.3f}")
-    print(f"  linked by another view {links['another_view']:.1f}%, by the image itself "
-          f"{links['known_candidate_match']:.1f}%; the class alone {links['class_alone']:.1f}%",
-          flush=True)
+def heading(title: str, columns: str) -> str:
+    """Return the first lines of a table in Markdown; `columns` are separated by |."""
+    return f"# {title}\n\n| {columns} |\n|{' --- |' * (1 + columns.count('|'))}\n"
 
 
-def print_table_2(form: str, summary: dict) -> None:
-    print(f"\nTable 2, form {form}: target accuracy (%), ours / the paper's")
-    print(f"{'target':14}{'pairs':9}{'min':17}{'median':17}{'max':17}no auxiliary")
+def score_table(generators: dict[str, dict], attacks: dict[str, dict]) -> str:
+    text = heading(
+        "Scores, accuracies in percent",
+        "form | target, auxiliary model | target accuracy: originals, protected | auxiliary "
+        "accuracy | absolute SSIM: mean, largest | brightness correlation, own / another's: "
+        "pixels; 4 x 4 blocks | target accuracy after JPEG: 4:4:4, 4:2:0 | linked (%) | "
+        "re-identified (%)")
+    for name, result in generators.items():
+        meta = result["meta"]
+        pixels = result["correlation"]
+        blocks = result["correlation_4x4"]
+        re_identified = None
+        if name in attacks:
+            re_identified = attacks[name]["epochs"][-1]["re_identified"]
+        text += (f"| {meta['form']}, epoch {meta['epoch']} of {meta['epochs']} "
+                 f"| {result['target']}, {result['aux']} "
+                 f"| {result['clean_target_accuracy']:.2f}, {result['target_accuracy']:.2f} "
+                 f"| {number(result['aux_accuracy'])} "
+                 f"| {result['ssim']:.4f}, {result['ssim_largest']:.3f} "
+                 f"| {pixels['own']:.3f} / {pixels['other']:.3f}; "
+                 f"{blocks['own']:.3f} / {blocks['other']:.3f} "
+                 f"| {result['jpeg']['4:4:4']:.2f}, {result['jpeg']['4:2:0']:.2f} "
+                 f"| {number(result['linked']['another_view'], 1)} "
+                 f"| {number(re_identified, 1)} |\n")
+    return text
+
+
+def table_2(form: str, summary: dict) -> str:
+    text = heading(f"Table 2, form {form}: target accuracy (%), ours / the paper's",
+                   "target | auxiliary models, of 7 | min | median | max | no auxiliary model")
     for target, row in summary["table_2"].items():
-        cells = []
+        text += f"| {target} | {row['pairs']} "
         for key, printed in zip(("min", "median", "max", "none"), TABLE_2[target]):
-            cells.append(f"{number(row[key])} / {printed:.2f}".ljust(17))
-        print(f"{target:14}{row['pairs']} / 7    {''.join(cells).rstrip()}")
-    print(f"{summary['pairs_under_5_points']} of {summary['pairs']} pairs lose under 5 points "
-          "(the paper: 38 of 56)")
+            text += f"| {number(row[key])} / {printed:.2f} "
+        text += "|\n"
+    return text + (f"\n{summary['pairs_under_5_points']} of {summary['pairs']} pairs lose under 5 "
+                   "points (the paper: 38 of 56).\n")
+
+
+def attack_table(attacks: dict[str, dict]) -> str:
+    text = heading(
+        "What a U-Net recovers that was trained to undo the generator",
+        "generator | epochs | SSIM, signed: protected, recovered | PSNR in dB: recovered | "
+        "re-identified (%) | SSIM, PSNR of the mean image of the right class")
+    for name, attack in attacks.items():
+        last = attack["epochs"][-1]
+        mean = attack["class_mean"]
+        text += (f"| {name} | {len(attack['epochs'])} | {attack['protected']['ssim']:.3f}, "
+                 f"{last['ssim']:.3f} | {last['psnr']:.1f} | {last['re_identified']:.1f} "
+                 f"| {mean['ssim']:.3f}, {mean['psnr']:.1f} |\n")
+    return text
+
+
+def table_3(timing: dict) -> str:
+    text = heading(f"Table 3, {timing['hardware']}: ms an image, float32",
+                   f"network | parameters | batches of 256 | one by one | {timing['paper']}")
+    for name, row in timing["networks"].items():
+        text += (f"| {name} | {row['parameters']:,} | {number(row['ms_batch_256'], 3)} "
+                 f"| {number(row['ms_batch_1'], 3)} | {row['ms_paper']:.3f} |\n")
+    return text
+
+
+def tables(results: dict, attacks: dict[str, dict]) -> str:
+    """Return the text of tables.md, from results.json and from the attacks, a dict by generator."""
+    texts = [score_table(results["generators"], attacks)]
+    for form, summary in results["summary"].items():
+        texts.append(table_2(form, summary))
+    if attacks:
+        texts.append(attack_table(attacks))
+    if "timing" in results:
+        texts.append(table_3(results["timing"]))
+    return "\n".join(texts)
 
 
 # --- Figures 7 to 11 ------------------------------------------------------------------------------
@@ -367,9 +406,9 @@ LABEL = 170  # the width of the first column
 
 
 def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
-    """Write a PNG of rows of (label, cells), a title being a label without cells.
+    """Write a PNG of rows of (label, cells); a row without cells is a title.
 
-    A cell is a uint8 image (3, H, W), squeezed to 96 x 96, or (text, colour, background).
+    A cell is a uint8 image (3, H, W), resized to 96 x 96, or (text, colour, background).
     """
     font = ImageFont.load_default(16)
     heights = []
@@ -402,10 +441,10 @@ def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
 @torch.no_grad()
 def image_rows(batches: dict[str, Tensor], labels: Tensor, classifiers: dict[str, nn.Module],
                classes: Sequence[str] = CLASSES) -> list:
-    """Rows of a sheet: the classes, batches of uint8 images, and what is seen in the last one.
+    """Return rows of a sheet: the classes, batches of uint8 images, and what is seen in the last.
 
-    Batches and classifiers go by the words that stand before their row. A label without a name in
-    `classes` stands for itself.
+    The keys of batches and classifiers are the words before their rows. A label that has no name in
+    `classes` is shown as a number.
     """
     names = dict(enumerate(classes))
     rows = [("", [(names.get(label, str(label)), BLACK, WHITE) for label in labels.tolist()])]
@@ -423,13 +462,13 @@ def image_rows(batches: dict[str, Tensor], labels: Tensor, classifiers: dict[str
 
 
 def first_of_class(labels: Tensor) -> list[int]:
-    """The place of the first image of each class."""
+    """Return the index of the first image of each class."""
     return [(labels == i).int().argmax().item() for i in range(len(CLASSES))]
 
 
 def draw_examples(out: str, name: str, result: dict, images: Tensor, protected: Tensor,
                   labels: Tensor, classifiers: dict) -> None:
-    """OUT/generator-NAME.png, an image of each class, and OUT/worst-NAME.png, the least hidden."""
+    """Draw OUT/generator-NAME.png, an image a class, and OUT/worst-NAME.png, the least hidden."""
     hidden = f"{name}: |SSIM| {result['ssim']:.3f}, at most {result['ssim_largest']:.3f}"
     recognised = (f"target {result['target_accuracy']:.2f}%, of the originals "
                   f"{result['clean_target_accuracy']:.2f}%; "
@@ -445,11 +484,10 @@ def draw_examples(out: str, name: str, result: dict, images: Tensor, protected: 
 
 def draw_figure_9(path: str, entries: list[dict], originals: Tensor,
                   protected: dict[tuple, Tensor]) -> None:
-    """Figure 9: a few images without an auxiliary model, left, and with the best one, right.
+    """Draw Figure 9: a few images without an auxiliary model, left, and with the best one, right.
 
     The best has the lowest mean |SSIM|, as in the paper. `protected` holds, by target and auxiliary
-    model, what becomes of the `originals`. A target that was not trained both ways is left out; if
-    all are, nothing is drawn.
+    model, what becomes of the `originals`. A target is left out unless it was trained both ways.
     """
     gap = ("", BLACK, WHITE)
     rows = []
@@ -470,15 +508,12 @@ def draw_figure_9(path: str, entries: list[dict], originals: Tensor,
 
 
 def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> list:
-    """Rows of a sheet: targets down, auxiliary models across, dark is high among the pairs.
+    """Return rows of a sheet: targets go down, auxiliary models across, and dark is high.
 
-    "none" is beside them, not in the scale; the paper's Figure 7 has the originals there. The last
-    row, labelled `average`, holds the mean over the targets.
+    The column "none" does not set the scale. The last row, labelled `average`, holds the means over
+    the targets.
     """
-    values = {}
-    for entry in entries:
-        if entry[key] is not None:
-            values[entry["target"], entry["aux"]] = entry[key]
+    values = {(e["target"], e["aux"]): e[key] for e in entries if e[key] is not None}
     targets = [name for name in CLASSIFIERS if any(name == target for target, _ in values)]
     auxes = [name for name in (*CLASSIFIERS, "none") if any(name == aux for _, aux in values)]
     for aux in auxes:
@@ -504,7 +539,7 @@ def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> li
 
 
 def draw_heatmaps(path: str, entries: list[dict]) -> None:
-    """The bars of Figures 7 and 8 as heat maps, their averages, Figures 10 and 11, below."""
+    """Draw the bars of Figures 7 and 8 as heat maps, with the averages of Figures 10 and 11."""
     rows = [("Figure 7(a): target accuracy (%) on protected images. High is good.", [])]
     rows += heatmap_rows(entries, "target_accuracy", 1, "average, Figure 10")
     rows += [("", []), ("Figure 7(b): auxiliary accuracy (%). Low is good, 10 is guessing.", [])]
@@ -518,7 +553,7 @@ def draw_heatmaps(path: str, entries: list[dict]) -> None:
 @torch.no_grad()
 def milliseconds(network: nn.Module, batch_size: int, device: str, h: int = 32,
                  w: int = 32) -> float:
-    """ms an image of h x w: the median of a second of runs, after three that warm up."""
+    """Return ms an image of h x w: the median of a second of runs, after three to warm up."""
     x = torch.rand(batch_size, 3, h, w, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     seconds = []
@@ -532,31 +567,31 @@ def milliseconds(network: nn.Module, batch_size: int, device: str, h: int = 32,
 
 
 def time_networks(device: str) -> dict:
-    """Table 3, in float32; the networks are untrained, since weights do not change the time."""
+    """Measure Table 3 in float32. Untrained networks will do, since weights do not change the time.
+
+    The authors' clock does not wait for the GPU, so their GPU column is another quantity.
+    """
     column = 0 if device == "cpu" else 1
-    machine = ("16-core CPU", "RTX A6000")[column]
-    print(f"\nTable 3: ms an image, float32, {hardware(device)}")
-    print(f"{'network':14}{'parameters':>12}{'batch 256':>12}{'batch 1':>12}"
-          f"   the paper's {machine}")
-    table = {}
+    machine = ("the paper's 16-core CPU", "the paper's RTX A6000")[column]
+    networks = {}
     for name, printed in TABLE_3.items():
         network = Generator() if name == "generator" else build_classifier(name)
         network.eval().to(device, memory_format=torch.channels_last)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         in_batches = milliseconds(network, 256, device)
         alone = milliseconds(network, 1, device)
-        table[name] = {"parameters": parameters, "ms_batch_256": in_batches, "ms_batch_1": alone}
-        print(f"{name:14}{parameters:12,}{in_batches:12.3f}{alone:12.3f}   {printed[column]:.3f}",
-              flush=True)
-    return table
+        networks[name] = {"parameters": parameters, "ms_batch_256": in_batches,
+                          "ms_batch_1": alone, "ms_paper": printed[column]}
+        print(f"{name}: {in_batches:.3f} ms an image, {alone:.3f} ms alone", flush=True)
+    return {"hardware": hardware(device), "paper": machine, "networks": networks}
 
 
 # --- Images of your own ---------------------------------------------------------------------------
 def open_image(path: str, size: Sequence[int]) -> Tensor:
-    """An image file, upright, on white, squeezed to `size`, (H, W): uint8 (3, H, W).
+    """Read an image file, turn it upright, put it on white, and squeeze it to `size`, (H, W).
 
-    A generator hides at the size that it was trained for, so an image is shrunk before it is
-    protected. Raises UserError where it cannot be read.
+    Returns uint8 (3, H, W). A generator hides at the size that it was trained for, so an image is
+    shrunk before it is protected. Raises UserError if it cannot be read.
     """
     h, w = size
     try:
@@ -579,8 +614,8 @@ def protect_images(paths: list[str], generator: Generator, size: Sequence[int],
                    target: nn.Module | None, out: str) -> None:
     """Write OUT/NAME-protected.png for each image, and OUT/NAME-sheet.png to look at.
 
-    size is the (H, W) that the generator was trained for; target, if it is one of Table 1's, says
-    what it sees. Raises UserError at the end if images could not be read.
+    size is the (H, W) that the generator was trained for. With a target of Table 1 the sheet says
+    what that sees. Raises UserError at the end if images could not be read.
     """
     failed = 0
     for name, path in name_files(paths).items():
@@ -607,7 +642,7 @@ def protect_images(paths: list[str], generator: Generator, size: Sequence[int],
 
 # --- The command ----------------------------------------------------------------------------------
 def name_files(paths: list[str]) -> dict[str, str]:
-    """Each path under a name for what comes of it; of two files of one name the second is "-2"."""
+    """Give each path a name for its results. A second file of the same name becomes NAME-2."""
     files = {}
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0].removeprefix("generator-")
@@ -621,7 +656,7 @@ def name_files(paths: list[str]) -> dict[str, str]:
 
 
 def find_generators() -> list[str]:
-    """The generators on disk, hardened ones first; runs/ comes before weights/ for one name."""
+    """List the generators on disk, hardened ones first; a file in runs/ hides one in weights/."""
     paths = {}
     for path in glob.glob("weights/generator-*.pt") + glob.glob("runs/generator-*.pt"):
         paths[os.path.basename(path)] = path
@@ -633,23 +668,15 @@ def find_generators() -> list[str]:
     return hardened + others
 
 
-def open_generator(path: str) -> tuple[Generator, dict]:
-    """load_generator, for one that train.py has trained. Raises UserError otherwise."""
-    generator, meta = load_generator(path)
-    if meta.get("target") not in CLASSIFIERS or meta.get("aux") not in (*CLASSIFIERS, "none"):
-        raise UserError(f"{path} is for no classifier of Table 1: only --image and "
-                        "export_mobile.py take it")
-    return generator.to(memory_format=torch.channels_last), meta
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Score generators: the paper's tables, figures.")
     parser.add_argument("--generator", nargs="+", metavar="FILE",
-                        help="(default: all in runs/ and weights/; for --image a hardened one)")
+                        help="to score (default: all in runs/ and weights/; --image takes the "
+                             "first, a hardened one)")
     parser.add_argument("--out", default="runs/evaluation", metavar="FOLDER",
                         help="for the results (default: %(default)s)")
     parser.add_argument("--limit", type=positive_int,
-                        help="score on the first LIMIT test images (the attack takes all)")
+                        help="score on the first LIMIT test images (the attack on 1,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3")
     parser.add_argument("--attack", nargs="?", type=positive_int, const=5, metavar="EPOCHS",
                         help="also train a U-Net to undo each generator, 5 epochs or EPOCHS")
@@ -662,21 +689,22 @@ def main() -> None:
     paths = args.generator or find_generators()
     if args.image:
         generator, meta = load_generator(paths[0])
+        target = None
         if meta.get("target") in CLASSIFIERS:
-            name = meta["target"]
-            target = load_classifier(name)
-            h, w = 32, 32
-        else:
-            name = "your own"
-            target = None
-            h, w = meta["image_size"]
-        print(f"{paths[0]}, target {name}, {h} x {w}")
+            target = load_classifier(meta["target"])
+        h, w = meta.get("image_size", (32, 32))  # files that ship lack it
+        print(f"{paths[0]}: images are squeezed to {h} x {w}")
         protect_images(args.image, generator, (h, w), target, args.out)
         return
 
+    loaded = {}
     needed = set()
-    for path in paths:  # what cannot be evaluated is said before the work
-        _, meta = open_generator(path)
+    for name, path in name_files(paths).items():  # checked before the work
+        generator, meta = load_generator(path)
+        if meta.get("target") not in CLASSIFIERS:
+            raise UserError(f"{path} is for no classifier of Table 1: only --image and "
+                            "export_mobile.py take it")
+        loaded[name] = path, generator, meta
         needed.update([meta["target"], meta["aux"]])
     check_writable(f"{args.out}/results.json")
     data = load_cifar10(args.data, args.device)
@@ -690,32 +718,30 @@ def main() -> None:
             clean[name] = accuracy(classifiers[name], images, labels)
             print(f"{name}: {clean[name]:.2f}% of {len(images):,} original images", flush=True)
     results = {"images": len(images), "clean": clean, "hardware": hardware(args.device),
-               "torch": torch.__version__, "generators": {}}
+               "torch": torch.__version__, "generators": {}, "summary": {}}
     if args.timing:
         results["timing"] = time_networks(args.device)
-    entries = {form: [] for form in FORMS}  # no table or figure mixes forms
+    attacks = {}
+    entries = {form: {} for form in FORMS}  # no table or figure mixes forms
     few = first_of_class(labels)[::2]  # every second class is enough for Figure 9
     few_protected = {form: {} for form in FORMS}
-    for i, (name, path) in enumerate(name_files(paths).items(), 1):
-        generator, meta = open_generator(path)
-        generator.to(args.device)
+    for name, (path, generator, meta) in loaded.items():
+        generator.to(args.device, memory_format=torch.channels_last)
         target, aux, form = meta["target"], meta["aux"], meta["form"]
-        print(f"\n{name}, form {form} ({i} of {len(paths)})", flush=True)
+        print(f"\n{name} ({len(results['generators']) + 1} of {len(loaded)})", flush=True)
         result, protected = evaluate_generator(generator, target, aux, classifiers, clean, images,
                                                labels)
         result["file"] = path
         result["meta"] = meta
         results["generators"][name] = result
-        if not meta.get("limit"):  # a quick look belongs into no table
-            entries[form].append(result)
-            few_protected[form][target, aux] = protected[few]
-        results["summary"] = {}
-        for of_form, scored in entries.items():
-            if scored:
-                results["summary"][of_form] = summarise(scored)
+        entries[form][target, aux] = result
+        few_protected[form][target, aux] = protected[few]
+        results["summary"][form] = summarise(list(entries[form].values()))
         save(f"{args.out}/results.json", json.dumps(results, indent=1).encode())
         draw_examples(args.out, name, result, images, protected, labels, classifiers)
-        print_scores(result)
+        print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
+              f"auxiliary {number(result['aux_accuracy'])}%; |SSIM| {result['ssim']:.4f}, "
+              f"at most {result['ssim_largest']:.3f}", flush=True)
         for role in ("target", "aux"):
             if meta[role] == "none":
                 continue
@@ -723,14 +749,16 @@ def main() -> None:
             if meta[f"{role}_sha256"] != fingerprint(*weights):
                 print(f"  note: it was trained with another {meta[role]}")
         if args.attack:
-            reconstruction_attack(generator, classifiers[target], data,
-                                  f"{args.out}/attack-{name}", epochs=args.attack,
-                                  device=args.device, seed=args.seed, classes=CLASSES)
-    for form, summary in results["summary"].items():
-        print_table_2(form, summary)
-        draw_heatmaps(f"{args.out}/heatmaps-{form}.png", entries[form])
-        draw_figure_9(f"{args.out}/figure-9-{form}.png", entries[form], images[few],
-                      few_protected[form])
+            attacks[name] = reconstruction_attack(
+                generator, classifiers[target], data, f"{args.out}/attack-{name}",
+                epochs=args.attack, device=args.device, seed=args.seed, classes=CLASSES)
+        text = tables(results, attacks)
+        save(f"{args.out}/tables.md", text.encode())
+    print(f"\n{text}")
+    for form in results["summary"]:
+        scored = list(entries[form].values())
+        draw_heatmaps(f"{args.out}/heatmaps-{form}.png", scored)
+        draw_figure_9(f"{args.out}/figure-9-{form}.png", scored, images[few], few_protected[form])
     print(f"-> {args.out}/")
 
 

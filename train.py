@@ -1,7 +1,7 @@
 """Train protective perturbation generators: Algorithm 1 with the loss of Eq. (1) to (4).
 
     python train.py --target vgg13_bn --aux resnet18                    from the pretrained encoder
-    python train.py --target vgg13_bn --aux resnet18 --form paper       the paper's, to the letter
+    python train.py --target vgg13_bn --aux resnet18 --form paper       the paper's own settings
     python train.py --target vgg13_bn --aux resnet18 --form hardened    from the class alone
     torchrun --nproc-per-node 8 -- train.py --target all --aux all none    all 64 of Table 2
 """
@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torchvision.utils import make_grid
 
 from classifiers import (CLASSIFIERS, Classifier, UserError, accuracy, add_common_arguments,
-                         autocast, check_classes, check_data, check_settings, check_writable,
-                         choose_precision, find_classifier, fingerprint, hardware, learning_rate,
-                         load, load_checkpoint, load_cifar10, load_classifier, load_weights,
-                         positive_int, print_progress, random_crop_flip, run, save, scoring_batches,
-                         to_16_bits, to_float)
+                         autocast, check_classes, check_data, choose_precision, fingerprint,
+                         hardware, learning_rate, load, load_checkpoint, load_cifar10,
+                         load_classifier, load_finished, load_weights, positive_int,
+                         print_progress, random_crop_flip, run, save, scoring_batches, to_16_bits,
+                         to_float)
 from ssim import ssim
 from unet import Generator, pad_to_16
 
@@ -37,12 +37,11 @@ Loss = namedtuple("Loss", "total target aux ssim")  # Eq. (4), then (1), (2) and
 def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_logits: Tensor | None,
                     labels: Tensor, w_target: float = 1.0, w_aux: float = 1.0,
                     w_ssim: float = 0.5, balanced: bool = False) -> Loss:
-    """The loss of Section 3.3 and its terms, each the mean over the batch; minimise `total`.
+    """Return the loss of Section 3.3, to be minimised, and its terms: means over the batch.
 
-    x and protected are (N, 3, H, W) in [0, 1], the logits (N, classes), the labels (N,). The
-    default weights are those of Section 4.1.3; w_ssim is the paper's omega_SI. Without an auxiliary
-    model (aux_logits None) its term is 0. Balanced is ours: see FORMS. Raises ValueError where
-    ssim() does.
+    x and protected are (N, 3, H, W) in [0, 1], logits (N, classes), labels (N,). The default
+    weights are those of Section 4.1.3; w_ssim is the paper's omega_SI. Without an auxiliary model
+    (aux_logits None) its term is 0. `balanced` is ours: see FORMS. Raises what ssim() raises.
     """
     loss_target = F.cross_entropy(target_logits.float(), labels)  # Eq. (1)
     if aux_logits is None:
@@ -60,17 +59,17 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
     return Loss(total, loss_target, loss_aux, loss_ssim)
 
 
-# What differs between the three forms of the method; nothing else decides any of it. "paper" is
-# Section 4.1.3 to the letter, the other two are ours. U starts at random or from a trained encoder,
+# What differs between the three forms of the method. "paper" has the settings of Section 4.1.3, the
+# other two are ours. U starts at random or from a trained encoder,
 # which stays frozen. It adds delta to the image, or it paints a new image from the code of a class
 # alone. An epoch is a pass over all images, or max_steps steps if these are fewer; "hardened" needs
 # few, because it has only as many pictures to paint as there are classes.
 #
-# The balanced loss let the same weights serve all twelve pairs tried. -CE(aux) pulls as hard as
-# ever when the auxiliary model has long been fooled, and harder with one model than with another;
-# the gradient of -log(1 + CE), taken for each image, falls as 1 / (1 + CE). And an auxiliary model
-# ends up answering one class for everything: the images of that class must be hidden by the SSIM
-# term, which therefore has ten times the paper's weight.
+# With the balanced loss the same weights of its terms served all twelve pairs tried. -CE(aux) pulls
+# as hard as ever when the auxiliary model has long been fooled, and harder with one model than with
+# another; the gradient of -log(1 + CE), taken for each image, falls as 1 / (1 + CE). The auxiliary
+# model ends up giving one answer to everything. Then only the SSIM term hides the images of that
+# class, so it has ten times the paper's weight.
 FORMS = {
     "paper": {
         "start": "random", "painted_from": "image", "lossy_channel": False, "balanced": False,
@@ -85,10 +84,10 @@ FORMS = {
 
 
 def lossy_channel(protected: Tensor) -> Tensor:
-    """What reaches the classifiers in training, where the form says so: (N, 3, H, W) in [0, 1].
+    """Return what arrives of protected images (N, 3, H, W) in [0, 1]. The paper has none.
 
-    Noise always, and for half of the batches, drawn at random, colour at half resolution, as in
-    nearly every JPEG file (4:2:0; JFIF's luma and colour differences). Not in the paper.
+    Every batch gets noise. Every second batch, by chance, keeps its colour at half resolution only,
+    as nearly every JPEG file does (4:2:0, with JFIF's luma and colour differences).
     """
     noise = torch.randn_like(protected)
     noisy = (protected + 0.1 * noise).clamp(0, 1)
@@ -106,11 +105,10 @@ def lossy_channel(protected: Tensor) -> Tensor:
 
 @torch.no_grad()
 def class_codes(encoder: Classifier, images: Tensor, labels: Tensor) -> Tensor:
-    """What the hardened form paints from: for each class its code, the mean of the features.
+    """Return the codes (K, 512) of the hardened form: the mean features of each class with images.
 
     encoder is a trained build_classifier("encoder") in eval mode, images are uint8 (N, 3, H, W),
-    labels (N,). The first 500 images of each class are used: more hardly move the mean. Returns
-    (K, 512), in the order of the labels; a class without images gets no code.
+    labels (N,). The first 500 images of a class are used, since more hardly move the mean.
     """
     codes = []
     for label in labels.unique():
@@ -128,10 +126,10 @@ def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, 
                 labels: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                 rates: list[float], batch_size: int, lossy: bool, loss_settings: dict,
                 precision: str) -> Iterator[Tensor]:
-    """The inner loop of Algorithm 1: one step for each learning rate of `rates`.
+    """Run the inner loop of Algorithm 1: one step for each learning rate.
 
-    images are uint8 (N, 3, H, W), labels int64 (N,). A rest smaller than a batch is dropped. Yields
-    the Loss of each step, (4,), so that whoever runs the loop can count and print.
+    images are uint8 (N, 3, H, W), labels int64 (N,). A rest smaller than a batch is dropped. The
+    Loss of each step is yielded as a tensor (4,), so that the caller can count and print.
     """
     order = torch.randperm(len(images), device=images.device)
     for batch, rate in zip(order.split(batch_size), rates):  # foreach x, y in X, Y
@@ -158,9 +156,9 @@ def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, 
 # --- Validation (Section 4.2.1); evaluate.py reports with the same functions ----------------------
 @torch.no_grad()
 def protect(generator: nn.Module, images: Tensor) -> Tensor:
-    """What leaves the phone: uint8 images (N, 3, H, W) to protected ones, rounded to 8 bits.
+    """Return what leaves the phone: uint8 images (N, 3, H, W), protected and rounded to 8 bits.
 
-    Raises UserError where the network gives no number, which 8 bits would hide.
+    Raises UserError if the network's output is not a number, which 8 bits would hide.
     """
     protected = []
     for [batch] in scoring_batches(images):
@@ -175,12 +173,12 @@ def protect(generator: nn.Module, images: Tensor) -> Tensor:
 @torch.no_grad()
 def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None,
           labels: Tensor, **loss_settings) -> dict:
-    """Score protected images against their originals, both uint8 (N, 3, H, W); labels (N,).
+    """Score protected images against their originals, both uint8 (N, 3, H, W), with labels (N,).
 
-    Returns target_accuracy and aux_accuracy in percent (Eq. 5; None without an auxiliary model),
-    the absolute SSIM as ssim (mean, as in Figure 8), ssim_largest and ssim_over_0.1 (percent of
-    images), the up to ten images with the largest as worst (indices), and loss, the total and the
-    terms of protective_loss with these settings of it.
+    Returns the accuracies in percent (Eq. 5; aux_accuracy is None without an auxiliary model). The
+    absolute SSIM is given as ssim (the mean, as in Figure 8), as ssim_largest, and as
+    ssim_over_0.1, the percentage of images over 0.1; worst has the indices of the ten images with
+    the largest. loss holds protective_loss and its terms, with these settings.
     """
     loss_sums = 0
     target_correct = 0
@@ -212,7 +210,7 @@ def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module |
 
 
 def encode_png(image: Tensor) -> bytes:
-    """A uint8 image (3, H, W) as a PNG file."""
+    """Return a uint8 image (3, H, W) as the bytes of a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
     return file.getvalue()
@@ -220,20 +218,20 @@ def encode_png(image: Tensor) -> bytes:
 
 # --- A whole training -----------------------------------------------------------------------------
 def freeze(classifier: nn.Module) -> None:
-    """Put a classifier into eval mode and fix its weights; gradients still reach the image."""
+    """Put a classifier into eval mode and fix its weights. Gradients still reach the image."""
     try:
         classifier.eval()
     except NotImplementedError:
-        pass  # a module of torch.export's stays in the mode in which it was exported
+        pass  # a module of torch.export stays in the mode of its export
     for parameter in classifier.parameters():
         parameter.requires_grad_(False)
 
 
 def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Raise ValueError, before the first step, where no generator can be trained for a classifier.
+    """Raise ValueError, before the first step, if no generator can be trained for a classifier.
 
-    It must return logits, as many as there are classes, leave its input unchanged, and pass
-    gradients back to it. Its weights are frozen, so the only gradients are the image's.
+    It must return logits, one for each class, leave its input unchanged, and pass gradients back to
+    it. Freeze it first: then only the image gets a gradient.
     """
     x = to_float(images[:2]).requires_grad_()
     given = x.clone()  # like a protected image: not a leaf of the graph
@@ -243,7 +241,7 @@ def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> N
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError("a classifier must return logits (N, classes), nothing else")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(f"labels must be 0 to {logits.shape[1] - 1}, as many as there are logits")
+        raise ValueError(f"labels must be 0 to {logits.shape[1] - 1}: these are all the logits")
     sums = logits.sum(1)
     if logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
         raise ValueError("the classifier returns probabilities: it must return the logits, from "
@@ -257,7 +255,7 @@ def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> N
 
 
 def draw_protected(path: str, images: Tensor, protected: Tensor) -> None:
-    """Write a PNG: uint8 images (N, 3, H, W) above their protected versions, large enough."""
+    """Write a PNG with uint8 images (N, 3, H, W) above their protected versions, enlarged."""
     shown = torch.cat([images, protected])
     zoom = max(1, 128 // shown.shape[3])  # 32 pixels are too few to judge by
     shown = shown.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
@@ -266,7 +264,7 @@ def draw_protected(path: str, images: Tensor, protected: Tensor) -> None:
 
 
 def describe(loss: dict) -> str:
-    """The loss of Eq. (4) and its three terms, for people."""
+    """Put the loss of Eq. (4) and its three terms into words."""
     return (f"{loss['total']:.3f} (target {loss['target']:.3f}, aux {loss['aux']:.3f}, "
             f"ssim {loss['ssim']:.3f})")
 
@@ -278,27 +276,26 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
                     w_aux: float | None = None, w_ssim: float | None = None,
                     precision: str | None = None, device: str | torch.device = "cpu",
                     seed: int = 0, meta: dict | None = None) -> Generator:
-    """Algorithm 1, for any classifiers and images: train a generator and write it to path.pt.
+    """Train a generator by Algorithm 1, for any classifiers and images, and write it to path.pt.
 
-    target and aux are modules of any kind, scripted ones too; they take images (N, 3, H, W) in
-    [0, 1], give logits (N, classes), and are frozen. `data` is as of load_cifar10: "train" and
-    "validation", each uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,). It is on
-    `device`, as are all networks. `encoder` is a trained build_classifier("encoder"): its layers
-    are copied into U and frozen, and the hardened form's codes come from it; the form "paper" takes
-    none. epochs, batch_size, w_aux and w_ssim are by default those of the form in FORMS, which may
-    also cap the steps of an epoch; the rest are those of Section 4.1.3. Precision is "fp16", "bf16"
-    or "fp32", by default fp16 on a GPU, and on a CPU the faster of the other two.
+    target and aux are modules of any kind, scripted ones too: they take images (N, 3, H, W) in
+    [0, 1], return logits (N, classes), and get frozen. `data` is like load_cifar10's: "train" and
+    "validation" are uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,). Data and
+    networks are on `device`. `encoder` is a trained build_classifier("encoder"): U gets its layers,
+    frozen, and the hardened form its codes. The form "paper" takes no encoder.
 
-    Returns the best epoch by validation loss (Figure 4), its kernels rounded to 16 bits; in the
-    file are the settings, its scores (before rounding), the images' size and `meta` too.
-    path.jsonl is the log; path.png shows eight validation images above what the best epoch makes of
-    them. After a stop, the same call goes on from the last finished epoch; what is finished is read
-    from path.pt.
+    By default epochs, batch_size, w_aux and w_ssim are those of the form in FORMS, whose max_steps
+    may cap an epoch; the other settings are those of Section 4.1.3. Precision is "fp16", "bf16" or
+    "fp32": by default fp16 on a GPU, and on a CPU the faster of the other two.
 
-    Raises UserError where that or a checkpoint is of other settings, networks or images, where it
-    cannot be written, and on a loss that is not finite; ValueError where the form, networks and
-    data do not belong together; and as check_data, check_classifier and, for the hardened form,
-    check_classes do.
+    Returns the best epoch by validation loss (Figure 4), with kernels rounded to 16 bits. path.pt
+    holds the settings, the scores before rounding, the image size and `meta` too. path.jsonl is the
+    log, path.png shows eight validation images above what the best epoch makes of them. After a
+    stop, the same call goes on from the last finished epoch; a finished path.pt is read.
+
+    Raises UserError if path.pt or its checkpoint has other settings, networks or images, if it
+    cannot be written, or if the loss is not finite; ValueError if form and encoder do not belong
+    together; and what check_data, check_classifier and, if hardened, check_classes raise.
     """
     device = str(device)
     row = FORMS[form]
@@ -326,12 +323,9 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         if classifier is not None:
             freeze(classifier)
             check_classifier(classifier, images, labels)
-            if not classifier.state_dict():
-                print(f"{path}: a classifier's state_dict is empty, so a later call cannot tell "
-                      "whether it has changed")
     if encoder is not None:
         encoder.eval()
-    settings = {"form": form} | row | loss_settings  # a file tells all that a run depends on
+    settings = {"form": form} | row | loss_settings  # the file names all that a training depends on
     settings |= {"epochs": epochs, "batch_size": batch_size, "lr": lr,
                  "weight_decay": weight_decay, "precision": precision, "seed": seed,
                  "target_sha256": fingerprint(*target.state_dict().values()),
@@ -342,12 +336,9 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         settings["aux_sha256"] = fingerprint(*aux.state_dict().values())
     if encoder is not None:
         settings["encoder_sha256"] = fingerprint(*encoder.state_dict().values())
-    if os.path.exists(f"{path}.pt"):
-        generator, before = load_generator(f"{path}.pt")
-        check_settings(f"{path}.pt", before, settings)
-        print(f"{path}.pt is finished: delete it to train it again", flush=True)
+    if load_finished(path, settings) is not None:
+        generator, _ = load_generator(f"{path}.pt")
         return generator.to(device)
-    check_writable(f"{path}.pt")
     checkpoint = load_checkpoint(path, settings)
     if checkpoint is not None:
         precision = checkpoint["settings"]["precision"]
@@ -384,7 +375,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     print(f"{path}: form {form}, {epochs} epochs of {steps_per_epoch} steps; the target recognises "
           f"{clean_accuracy:.2f}% of the original validation images", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)  # for each epoch: a resumed run draws the same
+        torch.manual_seed(1000 * seed + epoch)  # so that a resumed run draws the same
         generator.train()
         if encoder is not None:
             generator.unet.encoder.eval()  # frozen: its batch norm statistics too
@@ -409,17 +400,14 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         train_loss = Loss(*losses[finite].mean(0).tolist())._asdict()
         generator.eval()
         with autocast(device, precision):  # quicker; evaluate.py reports in float32
-            try:
-                protected = protect(generator, validation_images)
-            except UserError as error:
-                raise UserError(diverged) from error
+            protected = protect(generator, validation_images)
             scores = score(validation_images, protected, target, aux, validation_labels,
                            **loss_settings)
         if not math.isfinite(scores["loss"]["total"]):
             raise UserError(diverged)
         log.append({"epoch": epoch, "train": train_loss, "validation": scores,
                     "seconds": seconds})
-        # The loss chooses, as in the paper, although the auxiliary term of Eq. (2) swamps the rest.
+        # The loss chooses the epoch, as in the paper, which need not be the most accurate one.
         if best is None or scores["loss"]["total"] < best["meta"]["validation"]["loss"]["total"]:
             facts = settings | log[-1] | {"hardware": hardware(device),
                                           "image_size": list(images.shape[2:])}
@@ -442,36 +430,34 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     save(f"{path}.pt", best)
     os.remove(f"{path}.checkpoint")
     print(f"{path}.pt is epoch {best['meta']['epoch']}, the best. Look at {path}.png: "
-          "if you can tell what is on it, the run has failed")
+          "if you can tell what is on it, the training has failed")
     generator, _ = load_generator(f"{path}.pt")
     return generator.to(device)
 
 
 def load_generator(path: str) -> tuple[Generator, dict]:
-    """A file of train_generator: (generator in eval mode on the CPU, its settings and scores).
+    """Load a file of train_generator: the generator, in eval mode on the CPU, and its meta.
 
-    Its form is the settings' "form", and "image_size" the (H, W) that it was trained for. Raises
-    UserError where the file is something else.
+    meta holds the settings, the scores and "image_size", the (H, W) that it was trained for (32 x
+    32 in older files, which lack it). Raises UserError if the file is something else.
     """
     content = load(path)
     meta = content.get("meta", {})
-    if "generator" not in content or meta.get("form") not in FORMS:
+    weights = content.get("generator", {})
+    codes = weights.get("unet.codes")
+    if meta.get("form") not in FORMS or (meta["form"] == "hardened") != (codes is not None):
         raise UserError(f"{path} holds no generator of this version: train one with train.py")
-    codes = content["generator"].get("unet.codes")
-    if FORMS[meta["form"]]["painted_from"] == "class" and codes is None:
-        target, aux = meta.get("target", "NAME"), meta.get("aux", "NAME")
-        raise UserError(f"{path} is of an older hardened form, without codes: delete it and run "
-                        f"python train.py --target {target} --aux {aux} --form hardened")
     generator = Generator(codes).float()  # the codes are stored in 16 bits
-    load_weights(generator, content["generator"], path)
+    load_weights(generator, weights, path)
     return generator.eval(), meta
 
 
 # --- The command ----------------------------------------------------------------------------------
+LEARNING_RATES = {("googlenet", "vgg13_bn"): 0.001}  # Section 4.1.3: 0.005 for all others
 FORM_WORDS = {
-    "paper": "the paper's own, to the letter: U starts at random, no lossy channel",
-    "pretrained": "x + U(x) from the pretrained encoder, over a lossy channel, by a balanced loss",
-    "hardened": "the pretrained encoder recognises the image, U paints the picture of that class",
+    "paper": "the paper's own settings: U starts at random, no lossy channel",
+    "pretrained": "ours, x + U(x) from a pretrained encoder, over a lossy channel, balanced loss",
+    "hardened": "ours, the pretrained encoder recognises the image, U paints the class's picture",
 }
 
 
@@ -499,11 +485,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--w-aux", type=float, help=describe_default("w_aux"))
     parser.add_argument("--w-ssim", type=float, help=describe_default("w_ssim"))
     parser.add_argument("--lr", type=float,
-                        help="the highest (default: 0.005; googlenet with vgg13_bn 0.001)")
+                        help="the highest learning rate (default: 0.005; googlenet with vgg13_bn "
+                             "0.001)")
     parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"],
                         help="(default: fp16 on a GPU, on a CPU the faster of the others)")
     parser.add_argument("--limit", type=positive_int,
-                        help="to see it run, on LIMIT images of each split, to quick-look-*.pt")
+                        help="a quick look: use LIMIT images of each split, write quick-look-*.pt")
     parser.add_argument("--out", default="runs", metavar="FOLDER",
                         help="where generators go (default: %(default)s)")
     add_common_arguments(parser)
@@ -511,9 +498,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def choose_pairs(targets: list[str], auxes: list[str]) -> list[tuple[str, str]]:
-    """Every (target, auxiliary) of the names asked for, "all" understood, but no model with itself.
+    """Return every pair of the targets and auxiliary models asked for; "all" stands for the eight.
 
-    Raises UserError where nothing is left.
+    No model is paired with itself. Raises UserError if nothing is left.
     """
     pairs = []
     for target in CLASSIFIERS:
@@ -530,54 +517,46 @@ def choose_pairs(targets: list[str], auxes: list[str]) -> list[tuple[str, str]]:
 def main() -> None:
     args = parse_arguments()
     device = args.device
-    row = FORMS[args.form]
-    hint = ""
-    if args.form == "pretrained":
-        hint = " (--form paper is the paper's own, to the letter)"
-    print(f"form {args.form}: {FORM_WORDS[args.form]}{hint}", flush=True)
+    print(f"form {args.form}: {FORM_WORDS[args.form]}", flush=True)
     pairs = choose_pairs(args.target, args.aux)
     if "RANK" in os.environ:  # under torchrun: every process has its share and its own GPU
         pairs = pairs[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])]
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-    needed = [name for name in CLASSIFIERS if any(name in pair for pair in pairs)]
-    if row["start"] == "encoder":
-        needed.append("encoder")
-    missing = [name for name in needed if find_classifier(name) is None]
-    if missing:
-        names = " ".join(missing)
-        raise UserError(f"not trained yet: {names}; run python classifiers.py --arch {names}")
+    classifiers = {"none": None}
+    for name in CLASSIFIERS:
+        if any(name in pair for pair in pairs):
+            classifiers[name] = load_classifier(name, device)
+    encoder = None
+    if FORMS[args.form]["start"] == "encoder":
+        encoder = load_classifier("encoder", device)
     data = load_cifar10(args.data, device)
     for split, (images, labels) in data.items():
         data[split] = images[:args.limit], labels[:args.limit]
-    classifiers = {"none": None}
-    for name in needed:
-        classifiers[name] = load_classifier(name, device)
 
     failed = 0
     for target, aux in pairs:
         kind = "generator"
         if args.limit is not None:
-            kind = f"quick-look-{args.limit}"  # which nothing takes for a generator
+            kind = f"quick-look-{args.limit}"  # no command takes this for a generator
         path = f"{args.out}/{kind}-{target}-{aux}"
         if args.form != "pretrained":
             path += f"-{args.form}"
-        lr = args.lr
-        if lr is None:
-            lr = 0.001 if (target, aux) == ("googlenet", "vgg13_bn") else 0.005  # Section 4.1.3
+        lr = args.lr or LEARNING_RATES.get((target, aux), 0.005)
         try:
             train_generator(
                 classifiers[target], classifiers[aux], data, path, form=args.form,
-                encoder=classifiers.get("encoder"), epochs=args.epochs,
-                batch_size=args.batch_size, lr=lr, w_target=args.w_target, w_aux=args.w_aux,
-                w_ssim=args.w_ssim, precision=args.precision, device=device, seed=args.seed,
+                encoder=encoder, epochs=args.epochs, batch_size=args.batch_size, lr=lr,
+                w_target=args.w_target, w_aux=args.w_aux, w_ssim=args.w_ssim,
+                precision=args.precision, device=device, seed=args.seed,
                 meta={"target": target, "aux": aux, "limit": args.limit})
-        except UserError as error:  # one that diverges does not stop the others
+        except UserError as error:  # the other pairs go on
             print(f"error: {error}", flush=True)
             failed += 1
-    if failed and "RANK" not in os.environ:  # torchrun would stop the other processes
+    # Under torchrun an error here stops all processes: raise it only if nothing worked.
+    if failed and (failed == len(pairs) or "RANK" not in os.environ):
         raise UserError(f"{failed} of {len(pairs)} generators failed, see above")
 
 
 if __name__ == "__main__":
-    run(main, stopped="stopped: the same command goes on")
+    run(main, stopped="stopped: the same command goes on after the last finished epoch")

@@ -95,7 +95,7 @@ class UNet(nn.Module):
         x = maps.pop()
         if self.codes is not None:
             features = x.float().mean(dim=(2, 3))
-            # Without matrix products an image alone has the distances that it has in a batch.
+            # Without matrix products an image has the same distances alone and in a batch.
             distances = torch.cdist(features, self.codes,
                                     compute_mode="donot_use_mm_for_euclid_dist")
             nearest = distances.argmin(1)  # the class, as far as the encoder can tell
@@ -119,7 +119,7 @@ class Generator(nn.Module):
     W is not a multiple of 16, the image is padded by mirroring and delta is cropped.
     Raises ValueError on any other shape.
 
-    With `codes` (K, 512) it is of the hardened form, which goes beyond the paper. U recognises the
+    With `codes` (K, 512) it has the hardened form, which goes beyond the paper. U recognises the
     image, to the nearest of K codes, and paints a new one from that code: the skip connections give
     zeros, x is not added. What leaves the phone is one of K pictures (for each image size).
     """

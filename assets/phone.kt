@@ -28,7 +28,8 @@ class Phone(assets: AssetManager) {
     }
 }
 
-// The protocol of the authors' app, for CIFAR-10's ten classes. Off the main thread: the class, 0 to 9; negative if the service refused the picture.
+// The protocol of the authors' app, for CIFAR-10's ten classes. Call it off the main thread. It returns the class, 0 to 9;
+// negative if the service refused the picture.
 fun recognise(picture: Bitmap, host: String, port: Int): Int = Socket(host, port).use {
     val png = ByteArrayOutputStream().also { picture.compress(Bitmap.CompressFormat.PNG, 100, it) }.toByteArray()
     it.getOutputStream().write(png.size.toString().padEnd(16).toByteArray() + png)
