@@ -790,7 +790,9 @@ def test_a_torchrun_share_is_every_nth_pair_and_fails_if_all_of_it_fails(folder,
 def test_ctrl_c_says_that_the_same_command_goes_on(folder):
     command = [sys.executable, "-u", f"{ROOT}/train.py", *PAIR, "--form", "paper", "--limit", "100",
                "--data", f"{ROOT}/data", "--precision", "fp32", "--device", "cpu"]
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores Ctrl-C
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     for line in process.stdout:
         if "epoch 1/100" in line:
             break
@@ -984,6 +986,13 @@ def test_readme_and_report_hold_every_line_of_the_tables():
         text = evaluate.tables(read_asset(name), attacks)
         missing = {line for line in text.splitlines() if line.startswith("|")} - set(pages)
         assert not missing, name
+
+
+def test_the_summary_of_the_results_is_that_of_their_generators():
+    results = read_asset("results.json")
+    for form, summary in results["summary"].items():
+        entries = [e for e in results["generators"].values() if e["meta"]["form"] == form]
+        assert evaluate.summarise(entries) == summary
 
 
 def test_the_whole_command(folder, monkeypatch):

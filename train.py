@@ -60,10 +60,10 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
 
 
 # What differs between the three forms of the method. "paper" has the settings of Section 4.1.3, the
-# other two are ours. U starts at random or from a trained encoder,
-# which stays frozen. It adds delta to the image, or it paints a new image from the code of a class
-# alone. An epoch is a pass over all images, or max_steps steps if these are fewer; "hardened" needs
-# few, because it has only as many pictures to paint as there are classes.
+# other two are ours. U starts at random or from a trained encoder, which stays frozen. It adds
+# delta to the image, or it paints a new image from the code of a class alone. An epoch is a pass
+# over all images, or max_steps steps if these are fewer; "hardened" needs few, because it has only
+# as many pictures to paint as there are classes.
 #
 # With the balanced loss the same weights of its terms served all twelve pairs tried. -CE(aux) pulls
 # as hard as ever when the auxiliary model has long been fooled, and harder with one model than with
@@ -438,8 +438,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
 def load_generator(path: str) -> tuple[Generator, dict]:
     """Load a file of train_generator: the generator, in eval mode on the CPU, and its meta.
 
-    meta holds the settings, the scores and "image_size", the (H, W) that it was trained for (32 x
-    32 in older files, which lack it). Raises UserError if the file is something else.
+    meta holds the settings, the scores and "image_size", the (H, W) that it was trained for; older
+    files lack the last. Raises UserError if the file is something else.
     """
     content = load(path)
     meta = content.get("meta", {})
