@@ -93,8 +93,10 @@ def build_classifier(name: str, classes: int = 10) -> Classifier:
     if name == "encoder":
         net = EncoderClassifier(classes)
     elif name in ("googlenet", "inception_v3"):
+        # torchvision's own initialization makes inception's logits so large that it would have to
+        # unlearn them first.
         net = torchvision.models.get_model(name, num_classes=classes, aux_logits=False,
-                                           init_weights=True)
+                                           init_weights=False)
     elif name in CLASSIFIERS:
         net = torchvision.models.get_model(name, num_classes=classes)
     else:

@@ -371,6 +371,16 @@ def test_a_classifier_is_the_papers_and_takes_its_files(name, folder):
     assert torch.equal(load_classifier(name)(x), logits)
 
 
+@pytest.mark.parametrize("name", TABLE_1)
+@torch.no_grad()
+def test_an_untrained_classifier_guesses(name):
+    """Its loss is about ln 10; a far larger one would first have to be unlearnt."""
+    torch.manual_seed(0)
+    logits = build_classifier(name)(torch.rand(8, 3, 32, 32))
+    loss = F.cross_entropy(logits, torch.arange(8)).item()
+    assert loss == pytest.approx(2.303, abs=0.5)
+
+
 def test_accuracy_is_equation_5(shapes):
     images, labels = shapes["test"]
     service = make_service()
