@@ -316,7 +316,8 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def heading(title: str, columns: str) -> str:
     """Return the first lines of a table in Markdown; `columns` are separated by |."""
-    return f"# {title}\n\n| {columns} |\n|{' --- |' * (1 + columns.count('|'))}\n"
+    rule = " --- |" * (1 + columns.count("|"))
+    return f"# {title}\n\n| {columns} |\n|{rule}\n"
 
 
 def score_table(generators: dict[str, dict], attacks: dict[str, dict]) -> str:
