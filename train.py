@@ -65,7 +65,7 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
 # over all images, or max_steps steps if these are fewer; "hardened" needs few, because it has only
 # as many pictures to paint as there are classes.
 #
-# With the balanced loss the same weights of its terms served all twenty pairs tried. -CE(aux) pulls
+# With the balanced loss the same weights of its terms served all thirty pairs tried. -CE(aux) pulls
 # as hard as ever when the auxiliary model has long been fooled, and harder with one model than with
 # another; the gradient of -log(1 + CE), taken for each image, falls as 1 / (1 + CE). The auxiliary
 # model ends up giving one answer to everything. Then only the SSIM term hides the images of that
