@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.inception import BasicConv2d
 
-from unet import BOTTLENECK, MEAN, STD, Encoder
+from unet import BOTTLENECK, MEAN, STD, Encoder, pad_to_16
 
 CLASSIFIERS = ("vgg13_bn", "vgg16_bn", "resnet18", "resnet34", "densenet121", "mobilenet_v2",
                "googlenet", "inception_v3")  # Table 1, in its order
@@ -67,8 +67,9 @@ class Classifier(nn.Module):
 class EncoderClassifier(Encoder):
     """The U-Net's encoder with a linear layer on top, so that it can learn to recognise.
 
-    It takes normalised images (N, 3, H, W). The features (N, 512) are the mean of the last feature
-    map over its places; the linear layer makes logits (N, classes) of them.
+    It takes normalised images (N, 3, H, W) and pads them as the generator does. The features
+    (N, 512) are the mean of the last feature map over its places; the linear layer makes logits
+    (N, classes) of them.
     """
 
     def __init__(self, classes: int):
@@ -76,7 +77,7 @@ class EncoderClassifier(Encoder):
         self.linear = nn.Linear(BOTTLENECK, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        maps = super().forward(x)
+        maps = super().forward(pad_to_16(x))
         return maps[-1].mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:

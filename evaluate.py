@@ -28,7 +28,8 @@ from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments,
                          load_cifar10, load_classifier, positive_int, print_progress, run, save,
                          scoring_batches, to_float)
 from ssim import ssim
-from train import FORMS, encode_png, load_generator, protect, score
+from train import (AUXILIARY_MODELS, FORMS, VISIBLE, describe_visibility, encode_png,
+                   load_generator, protect, score, visibility)
 from unet import Generator, UNet, pad_to_16
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -58,33 +59,6 @@ TABLE_3 = {
 
 
 # --- The scores of one generator ------------------------------------------------------------------
-def brightness(images: Tensor, block: int) -> Tensor:
-    """Return the brightness of uint8 images (N, 3, H, W) over blocks, as vectors (N, blocks).
-
-    Their mean is 0 and their length 1, so that their products are correlations.
-    """
-    means = []
-    for [batch] in scoring_batches(images):
-        grey = to_float(batch).mean(1)
-        means.append(F.avg_pool2d(grey, block).flatten(1))  # each image is a channel here
-    blocks = torch.cat(means)
-    return F.normalize(blocks - blocks.mean(1, keepdim=True))
-
-
-def brightness_correlation(images: Tensor, protected: Tensor, block: int = 1) -> dict:
-    """Say whether protected images look like their own originals, both uint8 (N, 3, H, W).
-
-    Returns the mean absolute correlation of brightness with the "own" original and with an "other"
-    one. If both are nearly equal, nothing of the original shows; SSIM can be fooled (Section 7.3).
-    Averages over block x block pixels stand for what is seen from afar.
-    """
-    x = brightness(images, block)
-    y = brightness(protected, block)
-    own = (x * y).sum(1).abs().mean()
-    other = (x.roll(1, 0) * y).sum(1).abs().mean()
-    return {"own": own.item(), "other": other.item()}
-
-
 def jpeg(images: Tensor, subsampling: str, quality: int = 75) -> Tensor:
     """Return uint8 images (N, 3, H, W) as a JPEG file gives them back; 4:2:0 halves the colour."""
     received = []
@@ -140,7 +114,8 @@ def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, cl
                        clean: dict, images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
     """Return all scores of one generator on uint8 images (N, 3, H, W), and the protected images.
 
-    `classifiers`, and `clean`, their accuracies on the originals, are dicts by name.
+    `classifiers`, and `clean`, the accuracies of those of Table 1 on the originals, are dicts by
+    name.
     """
     protected = protect(generator, images)
     target = classifiers[target_name]
@@ -150,16 +125,14 @@ def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, cl
     result["aux"] = aux_name
     result["clean_target_accuracy"] = clean[target_name]
     result["drop"] = clean[target_name] - result["target_accuracy"]
-    result["correlation"] = brightness_correlation(images, protected)
-    result["correlation_4x4"] = brightness_correlation(images, protected, 4)
     result["jpeg"] = {}
     for subsampling in ("4:4:4", "4:2:0"):
         received = jpeg(protected, subsampling)
         result["jpeg"][subsampling] = accuracy(target, received, labels)
     result["unseen"] = {}  # classifiers that the generator never met
-    for name, classifier in classifiers.items():
+    for name in clean:
         if name not in (target_name, aux_name):
-            result["unseen"][name] = accuracy(classifier, protected, labels)
+            result["unseen"][name] = accuracy(classifiers[name], protected, labels)
     result["linked"] = linked(generator, images[:1000], labels[:1000])
     return result, protected
 
@@ -290,20 +263,23 @@ def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, p
 def summarise(entries: list[dict]) -> dict:
     """Sum up the generators of one form, entries of results.json, as Section 4.2.2 does.
 
-    "table_2" has, for each target, the min, median and max over the auxiliary models and the
-    accuracy without one; None stands for what was not trained. "pairs" counts the generators with
-    an auxiliary model, "pairs_under_5_points" those of them that lose less than 5 points.
+    "table_2" has, for each target, the min, median and max over the auxiliary models of Table 1,
+    the accuracy with the encoder as auxiliary model, and without one; None stands for what was not
+    trained. "pairs" counts the pairs of Table 1, "pairs_under_5_points" those of them that lose
+    less than 5 points.
     """
     table_2 = {}
     for target in CLASSIFIERS:
         by_aux = {e["aux"]: e["target_accuracy"] for e in entries if e["target"] == target}
         if by_aux:
+            encoder = by_aux.pop("encoder", None)
             none = by_aux.pop("none", None)
             values = list(by_aux.values()) or [None]
             table_2[target] = {"pairs": len(by_aux), "min": min(values), "max": max(values),
-                               "median": statistics.median(values), "none": none}
+                               "median": statistics.median(values), "encoder": encoder,
+                               "none": none}
 
-    drops = [entry["drop"] for entry in entries if entry["aux"] != "none"]
+    drops = [entry["drop"] for entry in entries if entry["aux"] in CLASSIFIERS]
     under_5 = sum(drop < 5 for drop in drops)
     return {"table_2": table_2, "pairs": len(drops), "pairs_under_5_points": under_5}
 
@@ -324,13 +300,11 @@ def score_table(generators: dict[str, dict], attacks: dict[str, dict]) -> str:
     text = heading(
         "Scores, accuracies in percent",
         "form | target, auxiliary model | target accuracy: originals, protected | auxiliary "
-        "accuracy | absolute SSIM: mean, largest | brightness correlation, own / another's: "
-        "pixels; 4 x 4 blocks | target accuracy after JPEG: 4:4:4, 4:2:0 | linked (%) | "
-        "re-identified (%)")
+        "accuracy | visibility: own / another's / same class | absolute SSIM: mean, largest | "
+        "target accuracy after JPEG: 4:4:4, 4:2:0 | linked (%) | re-identified (%)")
     for name, result in generators.items():
         meta = result["meta"]
-        pixels = result["correlation"]
-        blocks = result["correlation_4x4"]
+        visible = result["visibility"]
         re_identified = None
         if name in attacks:
             re_identified = attacks[name]["epochs"][-1]["re_identified"]
@@ -338,9 +312,9 @@ def score_table(generators: dict[str, dict], attacks: dict[str, dict]) -> str:
                  f"| {result['target']}, {result['aux']} "
                  f"| {result['clean_target_accuracy']:.2f}, {result['target_accuracy']:.2f} "
                  f"| {number(result['aux_accuracy'])} "
+                 f"| {number(visible['own'], 3)} / {number(visible['other'], 3)} "
+                 f"/ {number(visible['same_class'], 3)} "
                  f"| {result['ssim']:.4f}, {result['ssim_largest']:.3f} "
-                 f"| {pixels['own']:.3f} / {pixels['other']:.3f}; "
-                 f"{blocks['own']:.3f} / {blocks['other']:.3f} "
                  f"| {result['jpeg']['4:4:4']:.2f}, {result['jpeg']['4:2:0']:.2f} "
                  f"| {number(result['linked']['another_view'], 1)} "
                  f"| {number(re_identified, 1)} |\n")
@@ -349,12 +323,13 @@ def score_table(generators: dict[str, dict], attacks: dict[str, dict]) -> str:
 
 def table_2(form: str, summary: dict) -> str:
     text = heading(f"Table 2, form {form}: target accuracy (%), ours / the paper's",
-                   "target | auxiliary models, of 7 | min | median | max | no auxiliary model")
+                   "target | auxiliary models, of 7 | min | median | max | "
+                   "no auxiliary model | ours: the encoder")
     for target, row in summary["table_2"].items():
         text += f"| {target} | {row['pairs']} "
         for key, printed in zip(("min", "median", "max", "none"), TABLE_2[target]):
             text += f"| {number(row[key])} / {printed:.2f} "
-        text += "|\n"
+        text += f"| {number(row['encoder'])} |\n"
     return text + (f"\n{summary['pairs_under_5_points']} of {summary['pairs']} pairs lose under 5 "
                    "points (the paper: 38 of 56).\n")
 
@@ -470,7 +445,7 @@ def first_of_class(labels: Tensor) -> list[int]:
 def draw_examples(out: str, name: str, result: dict, images: Tensor, protected: Tensor,
                   labels: Tensor, classifiers: dict) -> None:
     """Draw OUT/generator-NAME.png, an image a class, and OUT/worst-NAME.png, the least hidden."""
-    hidden = f"{name}: |SSIM| {result['ssim']:.3f}, at most {result['ssim_largest']:.3f}"
+    shown = f"{name}: {describe_visibility(result['visibility'])}"
     recognised = (f"target {result['target_accuracy']:.2f}%, of the originals "
                   f"{result['clean_target_accuracy']:.2f}%; "
                   f"auxiliary {number(result['aux_accuracy'])}%")
@@ -480,20 +455,22 @@ def draw_examples(out: str, name: str, result: dict, images: Tensor, protected: 
     for kind, chosen in (("generator", first_of_class(labels)), ("worst", result["worst"])):
         batches = {"original": images[chosen], "protected": protected[chosen]}
         rows = image_rows(batches, labels[chosen], networks)
-        draw_sheet(f"{out}/{kind}-{name}.png", [(hidden, []), (recognised, []), *rows])
+        draw_sheet(f"{out}/{kind}-{name}.png", [(shown, []), (recognised, []), *rows])
 
 
 def draw_figure_9(path: str, entries: list[dict], originals: Tensor,
                   protected: dict[tuple, Tensor]) -> None:
     """Draw Figure 9: a few images without an auxiliary model, left, and with the best one, right.
 
-    The best has the lowest mean |SSIM|, as in the paper. `protected` holds, by target and auxiliary
-    model, what becomes of the `originals`. A target is left out unless it was trained both ways.
+    The best of Table 1 has the lowest mean |SSIM|, as in the paper. `protected` holds, by target
+    and auxiliary model, what becomes of the `originals`. A target is left out unless it was trained
+    both ways.
     """
     gap = ("", BLACK, WHITE)
     rows = []
     for target in CLASSIFIERS:
         by_aux = {e["aux"]: e for e in entries if e["target"] == target}
+        by_aux.pop("encoder", None)
         none = by_aux.pop("none", None)
         if none is None or not by_aux:
             continue
@@ -508,15 +485,15 @@ def draw_figure_9(path: str, entries: list[dict], originals: Tensor,
         draw_sheet(path, [("original", [*originals, gap, *originals]), *rows])
 
 
-def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> list:
+def heatmap_rows(values: dict[tuple, float | None], digits: int, average: str) -> list:
     """Return rows of a sheet: targets go down, auxiliary models across, and dark is high.
 
-    The column "none" does not set the scale. The last row, labelled `average`, holds the means over
-    the targets.
+    `values` are by target and auxiliary model; None is left out. The column "none" does not set the
+    scale. The last row, labelled `average`, holds the means over the targets.
     """
-    values = {(e["target"], e["aux"]): e[key] for e in entries if e[key] is not None}
+    values = {pair: value for pair, value in values.items() if value is not None}
     targets = [name for name in CLASSIFIERS if any(name == target for target, _ in values)]
-    auxes = [name for name in (*CLASSIFIERS, "none") if any(name == aux for _, aux in values)]
+    auxes = [name for name in AUXILIARY_MODELS if any(name == aux for _, aux in values)]
     for aux in auxes:
         column = [values[target, aux] for target in targets if (target, aux) in values]
         values[average, aux] = statistics.mean(column)
@@ -541,12 +518,24 @@ def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> li
 
 def draw_heatmaps(path: str, entries: list[dict]) -> None:
     """Draw the bars of Figures 7 and 8 as heat maps, with the averages of Figures 10 and 11."""
+    target_accuracy = {}
+    aux_accuracy = {}
+    similarity = {}
+    visible = {}
+    for entry in entries:
+        pair = entry["target"], entry["aux"]
+        target_accuracy[pair] = entry["target_accuracy"]
+        aux_accuracy[pair] = entry["aux_accuracy"]
+        similarity[pair] = entry["ssim"]
+        visible[pair] = entry["visibility"]["own"] - entry["visibility"]["other"]
     rows = [("Figure 7(a): target accuracy (%) on protected images. High is good.", [])]
-    rows += heatmap_rows(entries, "target_accuracy", 1, "average, Figure 10")
+    rows += heatmap_rows(target_accuracy, 1, "average, Figure 10")
     rows += [("", []), ("Figure 7(b): auxiliary accuracy (%). Low is good, 10 is guessing.", [])]
-    rows += heatmap_rows(entries, "aux_accuracy", 1, "average")
+    rows += heatmap_rows(aux_accuracy, 1, "average")
     rows += [("", []), ("Figure 8: mean |SSIM|. Low is good, 1 is the same image.", [])]
-    rows += heatmap_rows(entries, "ssim", 3, "average, Figure 11")
+    rows += heatmap_rows(similarity, 3, "average, Figure 11")
+    rows += [("", []), (f"Ours: visibility, own less another's. Over {VISIBLE} images show.", [])]
+    rows += heatmap_rows(visible, 3, "average")
     draw_sheet(path, rows)
 
 
@@ -610,6 +599,30 @@ def open_image(path: str, size: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+VISIBLE_IN_ONE = 0.3  # in place of VISIBLE: one image varies by 0.1, the mean over many hardly
+
+
+def describe_one(original: Tensor, protected: Tensor) -> str:
+    """Put the visibility of a single image into words, both uint8 (1, 3, H, W).
+
+    There may be no other image, so 15 copies of the original take its place, which are shifted by
+    quarters of its size (what leaves on one side comes in on the other). What shows but faintly
+    gets no warning.
+    """
+    h, w = original.shape[2:]
+    shifted = []
+    for down in range(4):
+        for right in range(4):
+            shifted.append(original.roll((down * h // 4, right * w // 4), (2, 3)))
+    copies = torch.cat(shifted[1:])  # the first is where it was
+    own = visibility(original, protected).item()
+    other = visibility(copies, protected.expand_as(copies)).mean().item()
+    text = f"visibility {own:.3f}, of shifted copies {other:.3f}"
+    if own - other > VISIBLE_IN_ONE:
+        text += ", WARNING: the original can be made out"
+    return text
+
+
 @torch.no_grad()
 def protect_images(paths: list[str], generator: Generator, size: Sequence[int],
                    target: nn.Module | None, out: str) -> None:
@@ -627,8 +640,7 @@ def protect_images(paths: list[str], generator: Generator, size: Sequence[int],
             failed += 1
             continue
         protected = protect(generator, original)
-        similarity = ssim(to_float(original), to_float(protected)).abs().item()
-        title = f"|SSIM| {similarity:.3f}"
+        title = describe_one(original, protected)
         if target is not None:
             before = CLASSES[target(to_float(original)).argmax()]
             after = CLASSES[target(to_float(protected)).argmax()]
@@ -718,6 +730,8 @@ def main() -> None:
             classifiers[name] = load_classifier(name, args.device)
             clean[name] = accuracy(classifiers[name], images, labels)
             print(f"{name}: {clean[name]:.2f}% of {len(images):,} original images", flush=True)
+    if "encoder" in needed:
+        classifiers["encoder"] = load_classifier("encoder", args.device)
     results = {"images": len(images), "clean": clean, "hardware": hardware(args.device),
                "torch": torch.__version__, "generators": {}, "summary": {}}
     if args.timing:
@@ -742,7 +756,8 @@ def main() -> None:
         draw_examples(args.out, name, result, images, protected, labels, classifiers)
         print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
               f"auxiliary {number(result['aux_accuracy'])}%; |SSIM| {result['ssim']:.4f}, "
-              f"at most {result['ssim_largest']:.3f}", flush=True)
+              f"at most {result['ssim_largest']:.3f}; {describe_visibility(result['visibility'])}",
+              flush=True)
         for role in ("target", "aux"):
             if meta[role] == "none":
                 continue

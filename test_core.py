@@ -270,6 +270,14 @@ def test_the_generator_scales_delta_back_and_mirrors_other_sizes(hardened, heigh
 
 
 @torch.no_grad()
+def test_the_encoder_pads_images_of_28_x_28_as_the_generator_does():
+    model = make_network("encoder")
+    x = torch.rand(2, 3, 28, 28)
+    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (0, 4), (0, 4)), mode="reflect")
+    assert torch.allclose(model(x), model(torch.from_numpy(padded)), atol=1e-5)
+
+
+@torch.no_grad()
 def test_hardened_images_of_one_class_are_one_picture_to_the_last_bit(data):
     """What ships, on test images; the class is that of the nearest code."""
     generator, _ = load_generator(HARDENED)
@@ -607,6 +615,23 @@ def test_the_targets_loss_falls_and_the_auxiliary_models_rises(tmp_path, data, m
     assert -last["aux"] > -first["aux"]
 
 
+def test_without_a_named_auxiliary_model_the_encoder_plays_the_person(tmp_path, folder):
+    """In Python it is as if the encoder had been given; the command names the file by it."""
+    by_default = train_pair(f"{tmp_path}/default", aux=None, epochs=1)
+    given = train_pair(f"{tmp_path}/given", aux=make_network("encoder"), epochs=1)
+    without = train_pair(f"{tmp_path}/none", aux="none", epochs=1)
+    assert_equal(by_default.state_dict(), given.state_dict())
+    assert not torch.equal(by_default.unet.exit.weight, without.unet.exit.weight)
+    assert call(train, "--target", "resnet18") == 0
+    assert os.path.exists("runs/generator-resnet18-encoder.pt")
+
+
+def test_the_form_paper_has_no_encoder_and_needs_a_named_auxiliary_model(tmp_path, folder, shapes):
+    assert call(train, "--target", "resnet18", "--form", "paper") == 2
+    with pytest.raises(ValueError, match="needs an auxiliary model"):
+        train_generator(make_service(), None, shapes, f"{tmp_path}/a", form="paper")
+
+
 def halve_and_double(channel):
     half = channel.resize((16, 16), Image.Resampling.BOX)
     return half.resize((32, 32), Image.Resampling.BILINEAR)
@@ -670,7 +695,7 @@ def test_a_training_with_other_networks_or_settings_is_refused(tmp_path, monkeyp
     data = take(make_shapes(), 48)
     images, labels = data["train"]
     for change, words in (({"target": make_service(3)}, "the target changed since"),
-                          ({"aux": None}, "the aux changed since"),
+                          ({"aux": "none"}, "the aux changed since"),
                           ({"encoder": build_classifier("encoder")}, "the encoder changed since"),
                           ({"data": data | {"train": (images + 1, labels)}}, "the images changed"),
                           ({"data": data | {"train": (images, labels.roll(1))}}, "the labels"),
@@ -726,14 +751,14 @@ def test_a_stopped_fp16_training_goes_on_with_its_scale(tmp_path, shapes, monkey
     service = make_service(side=16).to(device)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save", stop_at_the_checkpoint)
-        train_generator(service, None, path=f"{tmp_path}/stopped", **settings)
+        train_generator(service, "none", path=f"{tmp_path}/stopped", **settings)
     checkpoint = torch.load(tmp_path / "stopped.checkpoint")
     done = checkpoint["optimizer"]["state"][0]["step"].item()
     assert 0 < done < 4  # some of the four overflow, not all
     assert checkpoint["scaler"]["scale"] == 65536 / 2 ** (4 - done)
     losses = []
     for name in ("stopped", "whole"):
-        train_generator(service, None, path=f"{tmp_path}/{name}", **settings)
+        train_generator(service, "none", path=f"{tmp_path}/{name}", **settings)
         losses.append(read_log(f"{tmp_path}/{name}.jsonl")[1]["train"]["total"])
     tolerance = 0 if device == "cpu" else 0.01
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
@@ -751,7 +776,7 @@ def test_a_service_that_no_generator_can_learn_from_is_refused(tmp_path, shapes)
             train.check_classifier(classifier, *shapes["train"])
     probabilities = nn.Sequential(service, nn.Softmax(1))
     with pytest.raises(ValueError, match="returns probabilities"):
-        train_generator(probabilities, None, shapes, f"{tmp_path}/a", form="paper")
+        train_generator(probabilities, "none", shapes, f"{tmp_path}/a", form="paper")
 
 
 def test_the_readmes_python_does_what_it_says(tmp_path, monkeypatch, capsys):
@@ -829,7 +854,7 @@ def test_a_generator_scores_on_a_gpu_what_it_scores_on_a_cpu(folder):
 def test_the_scores_are_those_of_the_direct_computation(shapes):
     target = make_service(1)
     aux = make_service(2)
-    images, labels = take(shapes, 20)["test"]
+    images, labels = take(shapes, 40)["test"]
     generator = make_generator()
     protected = protect(generator, images)
     assert torch.equal(protected, (255 * generator(images / 255)).round())  # 8 bits
@@ -839,51 +864,115 @@ def test_the_scores_are_those_of_the_direct_computation(shapes):
     target_logits = target(protected / 255)
     aux_logits = aux(protected / 255)
     similarity = their_ssim(images / 255, protected / 255, data_range=1, size_average=False)
-    largest = similarity.abs().topk(10)
     expected = {"target": cross_entropy(target_logits, labels).mean().item(),
                 "aux": -cross_entropy(aux_logits, labels).mean().item(),
                 "ssim": similarity.mean().item()}
     expected["total"] = expected["target"] + expected["aux"] + 0.5 * expected["ssim"]
     assert result["loss"] == pytest.approx(expected, abs=1e-3)
-    assert result["target_accuracy"] == 5 * (target_logits.argmax(1) == labels).sum()  # percent
-    assert result["aux_accuracy"] == 5 * (aux_logits.argmax(1) == labels).sum()
+    assert result["target_accuracy"] == 2.5 * (target_logits.argmax(1) == labels).sum()  # percent
+    assert result["aux_accuracy"] == 2.5 * (aux_logits.argmax(1) == labels).sum()
     assert result["ssim"] == pytest.approx(similarity.abs().mean().item(), abs=1e-4)
     assert result["ssim_largest"] == pytest.approx(1)
-    assert result["ssim_over_0.1"] == 5 * (similarity.abs() > 0.1).sum()
-    assert torch.allclose(similarity.abs()[result["worst"]], largest.values, atol=1e-4)
+    own = train.visibility(images, protected)
+    other = train.visibility(images.roll(20, 0), protected)
+    same_class = train.visibility(images.roll(-10, 0), protected)  # the labels are 0 to 9, again
+    expected = {"own": own.mean().item(), "other": other.mean().item(),
+                "same_class": same_class.mean().item()}
+    assert result["visibility"] == pytest.approx(expected)
+    assert result["worst"] == (own - same_class).topk(10).indices.tolist()
 
 
-@pytest.mark.parametrize("block", [1, 4])
-def test_brightness_correlation_is_pearsons(data, block):
-    images = data["test"][0][:2]
-    noise = torch.randint(0, 256, images.shape, dtype=torch.uint8)
-    x = F.avg_pool2d(images.double().mean(1), block).reshape(2, -1).numpy()
-    y = F.avg_pool2d(noise.double().mean(1), block).reshape(2, -1).numpy()
-    matrix = abs(np.corrcoef(x, y)[:2, 2:])  # originals down, protected images across
-    result = evaluate.brightness_correlation(images, noise, block)
-    assert result["own"] == pytest.approx((matrix[0, 0] + matrix[1, 1]) / 2, abs=1e-5)
-    assert result["other"] == pytest.approx((matrix[0, 1] + matrix[1, 0]) / 2, abs=1e-5)
+def test_visibility_is_the_multiple_correlation_of_a_direct_least_squares(shapes):
+    """Place by place, with NumPy: brightness of 2 x 2 blocks on colours and structure."""
+    image = shapes["test"][0][:1]
+    noise = torch.randint(0, 256, image.shape, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):  # visibility() must ignore it
+        measured = train.visibility(image, noise).item()
+
+    picture = noise[0].double().numpy() / 255
+    padded = np.pad(picture, ((0, 0), (0, 1), (0, 1)), mode="edge")
+    maps = np.zeros((6, 32, 32))
+    maps[:3] = picture
+    for row in range(32):
+        for column in range(32):
+            here = picture[:, row, column]
+            dx = padded[:, row, column + 1] - here
+            dy = padded[:, row + 1, column] - here
+            maps[3:, row, column] = dx @ dx, dy @ dy, dx @ dy
+    means = np.zeros_like(maps)  # over the 3 x 3 places around
+    for row in range(32):
+        for column in range(32):
+            around = maps[:, max(row - 1, 0):row + 2, max(column - 1, 0):column + 2]
+            means[:, row, column] = around.mean((1, 2))
+    cues = means.reshape(6, 16, 2, 16, 2).mean((2, 4)).reshape(6, 256)
+    brightness = image[0].double().mean(0).numpy().reshape(16, 2, 16, 2).mean((1, 3)).flatten()
+    columns = np.vstack([cues, np.ones(256)]).T
+    weights = np.linalg.lstsq(columns, brightness, rcond=None)[0]
+    expected = np.corrcoef(columns @ weights, brightness)[0, 1]
+    assert measured == pytest.approx(expected, abs=1e-4)
 
 
-def is_hidden(images, protected):
-    """Does nothing of the images show, by SSIM and by the brightness correlation?"""
-    similarity = ssim(to_float(images), to_float(protected)).abs()
-    hidden = bool(similarity.mean() < 0.02 and similarity.max() < 0.15)
-    for block, margin in ((1, 0.02), (4, 0.04)):
-        correlation = evaluate.brightness_correlation(images, protected, block)
-        hidden = hidden and correlation["own"] < correlation["other"] + margin
-    return hidden
+def shows(images, protected):
+    """Can uint8 images be made out in protected ones (N, 3, H, W) in [0, 1]?"""
+    protected = (255 * protected).round().byte()
+    own = train.visibility(images, protected).mean()
+    other = train.visibility(images.roll(1, 0), protected).mean()
+    return own - other > train.VISIBLE
 
 
-@pytest.mark.parametrize("kind", ["identity", "faint", "seen from afar"])
-def test_what_shows_is_not_called_hidden(data, kind):
-    images = data["test"][0][:500]
+@pytest.mark.parametrize("form, visible", [("pretrained", True), ("hardened", False)])
+def test_a_training_says_in_one_line_if_images_can_be_made_out(tmp_path, capsys, form, visible):
+    """Three steps are too few for pretrained; hardened never shows more than the class."""
+    train_pair(f"{tmp_path}/a", form=form, epochs=1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"Look at {tmp_path}/a.png" in last
+    assert ("WARNING: the originals can be made out" in last) == visible
+
+
+def stripes(width, axis):
+    """Black and white lines along one axis, 32 x 32."""
+    line = torch.arange(32) // width % 2
+    return line[:, None].expand(32, 32) if axis == 0 else line.expand(32, 32)
+
+
+def test_what_can_be_made_out_is_called_visible_and_what_cannot_is_not(data):
+    """Each line was looked at. SSIM calls the stripes hidden."""
+    images, labels = take(data, 1000)["test"]
     x = images / 255
+    torch.manual_seed(0)
     noise = torch.rand(x.shape)
-    blurred = F.interpolate(F.avg_pool2d(x, 8), (32, 32))
-    protected = {"identity": x, "faint": 0.9 * x + 0.1 * noise,
-                 "seen from afar": 0.7 * noise + 0.3 * blurred}[kind]
-    assert not is_hidden(images, (255 * protected).round().byte())
+    grey = x.mean(1, keepdim=True).expand(x.shape)
+    nothing = torch.zeros_like(x[:, :1])
+    one = torch.stack([x[labels == label][0] for label in range(10)])[labels]  # of each class
+    light = F.interpolate(F.avg_pool2d(grey, 2), (32, 32))
+    light = light > grey.mean((2, 3), keepdim=True)
+    tiles_of_4 = F.interpolate(torch.randn(1000, 1, 8, 8).sign(), (32, 32))
+    tiles_of_8 = F.interpolate(torch.randn(1000, 1, 4, 4).sign(), (32, 32))
+    visible = {
+        "identity": x,
+        "inverted": 1 - x,
+        "colours swapped": x[:, [1, 2, 0]],
+        "one colour on noise": torch.cat([noise[:, :2], grey[:, :1]], 1),
+        "blue on black": torch.cat([nothing, nothing, grey[:, :1]], 1),
+        "10% upon a picture of the class": 0.9 * one + 0.1 * x,
+        "10% upon noise": 0.9 * noise + 0.1 * x,
+        "stripes of 1 pixel": torch.where(light, stripes(1, 0), stripes(1, 1)),
+        "stripes of 2 pixels": torch.where(light, stripes(2, 0), stripes(2, 1)),
+        "checks against grey": torch.where(light, stripes(1, 0) ^ stripes(1, 1), 0.5),
+        "sign turned by tiles of 4": 0.5 + tiles_of_4 * (x - 0.5),
+        "sign turned by tiles of 8": 0.5 + tiles_of_8 * (x - 0.5),
+        "shifted": x.roll((2, 2), (2, 3)),
+        "mirrored": x.flip(3),
+        "blurred": F.interpolate(F.avg_pool2d(x, 8), (32, 32)),
+    }
+    hidden = {
+        "noise": noise,
+        "a constant": torch.full_like(x, 0.5),
+        "another image of the class": x[train.next_of_class(labels)],
+        "hardened": protect(load_generator(HARDENED)[0], images) / 255,
+    }
+    assert [name for name, protected in visible.items() if not shows(images, protected)] == []
+    assert [name for name, protected in hidden.items() if shows(images, protected)] == []
 
 
 @pytest.mark.parametrize("name", ["vgg13_bn-resnet18", "vgg13_bn-resnet18-hardened"])
@@ -893,10 +982,12 @@ def test_what_ships_hides_and_scores_what_the_results_say(data, monkeypatch, nam
     generator, meta = load_generator(f"weights/generator-{name}.pt")
     images, labels = data["test"]
     protected = protect(generator, images)
-    measured = accuracy(load_classifier("vgg13_bn"), protected, labels)
+    measured = score(images, protected, load_classifier("vgg13_bn"), None, labels)
+    visible = measured["visibility"]
     assert meta == reported["meta"]
-    assert measured == pytest.approx(reported["target_accuracy"], abs=0.3)
-    assert is_hidden(images, protected)
+    assert measured["target_accuracy"] == pytest.approx(reported["target_accuracy"], abs=0.3)
+    assert visible == pytest.approx(reported["visibility"], abs=0.005)
+    assert visible["own"] - visible["other"] < train.VISIBLE
 
 
 def test_hardened_images_are_linked_no_better_than_by_their_class(data):
@@ -969,6 +1060,7 @@ ENTRIES = [
     entry("vgg13_bn", "resnet34", 91.0, 94.0),
     entry("vgg13_bn", "googlenet", 92.0, 94.0),
     entry("vgg13_bn", "none", 93.0, 94.0),
+    entry("vgg13_bn", "encoder", 92.5, 94.0),  # ours: no pair of the paper's
     entry("googlenet", "resnet18", 88.0, 93.0),
 ]
 
@@ -976,8 +1068,9 @@ ENTRIES = [
 def test_table_2_by_hand():
     summary = evaluate.summarise(ENTRIES)
     assert summary["table_2"] == {
-        "vgg13_bn": {"pairs": 4, "min": 80, "median": 90.5, "max": 92, "none": 93},
-        "googlenet": {"pairs": 1, "min": 88, "median": 88, "max": 88, "none": None}}
+        "vgg13_bn": {"pairs": 4, "min": 80, "median": 90.5, "max": 92, "none": 93, "encoder": 92.5},
+        "googlenet": {"pairs": 1, "min": 88, "median": 88, "max": 88, "none": None,
+                      "encoder": None}}
     assert summary["pairs"] == 5
     assert summary["pairs_under_5_points"] == 3  # 88 of 93 loses exactly 5
 
@@ -1056,6 +1149,17 @@ def test_a_photo_that_lies_on_its_side_is_turned_upright(tmp_path, ending):
 def test_what_is_transparent_becomes_white(tmp_path):
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert evaluate.open_image(f"{tmp_path}/clear.png", (20, 30)).min() == 255
+
+
+def test_one_image_is_visible_in_its_negative_but_not_when_hardened(data):
+    images = data["test"][0][:50]
+    hardened = protect(load_generator(HARDENED)[0], images)
+    warnings = {"negative": 0, "hardened": 0}
+    for original, protected in zip(images.split(1), hardened.split(1)):
+        warnings["negative"] += "WARNING" in evaluate.describe_one(original, 255 - original)
+        warnings["hardened"] += "WARNING" in evaluate.describe_one(original, protected)
+    assert warnings["negative"] > 45
+    assert warnings["hardened"] < 5
 
 
 def test_images_that_cannot_be_read_are_named_and_the_others_done(folder, capsys):
