@@ -361,8 +361,8 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
     are uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,). Data and networks are on
     `device`. `encoder` is a trained build_classifier("encoder"): U gets its layers, frozen, and the
     hardened form its codes. If aux is None, the encoder is the auxiliary model too; "none" trains
-    without one, and then images show. The form "paper" takes no encoder, so aux must be named
-    there. All classifiers get frozen, and the encoder.
+    without one, and then images show, except with "hardened". The form "paper" takes no encoder, so
+    aux must be named there. All classifiers get frozen, and the encoder.
 
     By default epochs, batch_size, w_aux and w_ssim are those of the form in FORMS, whose max_steps
     may cap an epoch; the other settings are those of Section 4.1.3. Precision is "fp16", "bf16" or
@@ -566,8 +566,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--aux", nargs="+", metavar="NAME",
                         choices=[*AUXILIARY_MODELS, "all"],
                         help="the auxiliary model: the same names; encoder, the one that U starts "
-                             "from (default, but not for the form paper); none, then images show; "
-                             "or all (the eight)")
+                             "from (default; the form paper has none); none, then images show, "
+                             "except with hardened; or all (the eight)")
     forms = "; ".join(f"{form}, {words}" for form, words in FORM_WORDS.items())
     parser.add_argument("--form", choices=FORMS, default="pretrained",
                         help=f"{forms} (default: %(default)s)")
