@@ -125,6 +125,7 @@ def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, cl
     result["aux"] = aux_name
     result["clean_target_accuracy"] = clean[target_name]
     result["drop"] = clean[target_name] - result["target_accuracy"]
+    result["own_less_other"] = result["visibility"]["own"] - result["visibility"]["other"]
     result["jpeg"] = {}
     for subsampling in ("4:4:4", "4:2:0"):
         received = jpeg(protected, subsampling)
@@ -485,13 +486,13 @@ def draw_figure_9(path: str, entries: list[dict], originals: Tensor,
         draw_sheet(path, [("original", [*originals, gap, *originals]), *rows])
 
 
-def heatmap_rows(values: dict[tuple, float | None], digits: int, average: str) -> list:
+def heatmap_rows(entries: list[dict], key: str, digits: int, average: str) -> list:
     """Return rows of a sheet: targets go down, auxiliary models across, and dark is high.
 
-    `values` are by target and auxiliary model; None is left out. The column "none" does not set the
-    scale. The last row, labelled `average`, holds the means over the targets.
+    The column "none" does not set the scale. The last row, labelled `average`, holds the means over
+    the targets.
     """
-    values = {pair: value for pair, value in values.items() if value is not None}
+    values = {(e["target"], e["aux"]): e[key] for e in entries if e[key] is not None}
     targets = [name for name in CLASSIFIERS if any(name == target for target, _ in values)]
     auxes = [name for name in AUXILIARY_MODELS if any(name == aux for _, aux in values)]
     for aux in auxes:
@@ -518,24 +519,14 @@ def heatmap_rows(values: dict[tuple, float | None], digits: int, average: str) -
 
 def draw_heatmaps(path: str, entries: list[dict]) -> None:
     """Draw the bars of Figures 7 and 8 as heat maps, with the averages of Figures 10 and 11."""
-    target_accuracy = {}
-    aux_accuracy = {}
-    similarity = {}
-    visible = {}
-    for entry in entries:
-        pair = entry["target"], entry["aux"]
-        target_accuracy[pair] = entry["target_accuracy"]
-        aux_accuracy[pair] = entry["aux_accuracy"]
-        similarity[pair] = entry["ssim"]
-        visible[pair] = entry["visibility"]["own"] - entry["visibility"]["other"]
     rows = [("Figure 7(a): target accuracy (%) on protected images. High is good.", [])]
-    rows += heatmap_rows(target_accuracy, 1, "average, Figure 10")
+    rows += heatmap_rows(entries, "target_accuracy", 1, "average, Figure 10")
     rows += [("", []), ("Figure 7(b): auxiliary accuracy (%). Low is good, 10 is guessing.", [])]
-    rows += heatmap_rows(aux_accuracy, 1, "average")
+    rows += heatmap_rows(entries, "aux_accuracy", 1, "average")
     rows += [("", []), ("Figure 8: mean |SSIM|. Low is good, 1 is the same image.", [])]
-    rows += heatmap_rows(similarity, 3, "average, Figure 11")
+    rows += heatmap_rows(entries, "ssim", 3, "average, Figure 11")
     rows += [("", []), (f"Ours: visibility, own less another's. Over {VISIBLE} images show.", [])]
-    rows += heatmap_rows(visible, 3, "average")
+    rows += heatmap_rows(entries, "own_less_other", 3, "average")
     draw_sheet(path, rows)
 
 

@@ -936,7 +936,7 @@ def stripes(width, axis):
 
 
 def test_what_can_be_made_out_is_called_visible_and_what_cannot_is_not(data):
-    """Each line was looked at. SSIM calls the stripes hidden."""
+    """Whatever carries it: brightness, colour, sign, texture, or a place near by."""
     images, labels = take(data, 1000)["test"]
     x = images / 255
     torch.manual_seed(0)

@@ -156,7 +156,7 @@ def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, 
 
 # --- Validation (Section 4.2.1); evaluate.py reports with the same functions ----------------------
 # Protected images show if visibility is higher by more than this for their own originals than for
-# others. In all that we looked at, what showed had 0.047 or more, and what did not 0.028 or less.
+# others. In all the cases that we tried, what shows had 0.047 or more, what hides 0.028 or less.
 VISIBLE = 0.03
 
 
