@@ -7,7 +7,7 @@ looks). "encoder", the U-Net's contracting path, is trained in the same way. In 
 
     the networks      Classifier, build_classifier, load_classifier
     CIFAR-10          load_cifar10, to_float, random_crop_flip, scoring_batches, check_data
-    the training      learning_rate, accuracy (Eq. 5), Muon, train_classifier
+    the training      learning_rate, answers, accuracy (Eq. 5), Muon, train_classifier
     for every script  files, settings that must agree, precision, progress
     the command       main
 """
@@ -316,13 +316,22 @@ def learning_rate(step: int, steps: int, max_lr: float) -> float:
 
 
 @torch.no_grad()
+def answers(classifier: nn.Module, images: Tensor) -> Tensor:
+    """Return the class that a classifier sees in each of uint8 images (N, 3, H, W): int64 (N,)."""
+    predictions = []
+    for [x] in scoring_batches(images):
+        predictions.append(classifier(to_float(x)).argmax(1))
+    return torch.cat(predictions)
+
+
+def percent(events: Tensor) -> float:
+    """Return how many of booleans (N,) are true, in percent; of none it is nan."""
+    return (100 * events.sum().double() / len(events)).item()
+
+
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return Eq. (5): the percentage of uint8 images (N, 3, H, W) that are recognised."""
-    correct = 0
-    for x, y in scoring_batches(images, labels):
-        predictions = classifier(to_float(x)).argmax(1)
-        correct += (predictions == y).sum().item()
-    return 100 * correct / len(labels)
+    return percent(answers(classifier, images) == labels)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

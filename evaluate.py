@@ -2,13 +2,14 @@
 
     python evaluate.py                  every generator in runs/ and weights/
     python evaluate.py --timing         and Table 3: what the generator and the classifiers cost
-    python evaluate.py --attack 5       and how much a network trained to undo each one gets back
+    python evaluate.py --attack         and what a machine reads back from protected images
     python evaluate.py --image cat.jpg  protect images of your own
 """
 
 import argparse
 import glob
 import io
+import itertools
 import json
 import os
 import statistics
@@ -22,15 +23,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments, autocast,
-                         build_classifier, check_classes, check_data, check_writable,
-                         choose_precision, find_classifier, fingerprint, hardware, learning_rate,
-                         load_cifar10, load_classifier, positive_int, print_progress, run, save,
-                         scoring_batches, to_float)
+from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments, answers,
+                         build_classifier, check_classes, check_writable, find_classifier,
+                         fingerprint, hardware, load_cifar10, load_classifier, percent,
+                         positive_int, run, save, scoring_batches, to_float)
 from ssim import ssim
 from train import (AUXILIARY_MODELS, FORMS, VISIBLE, describe_visibility, encode_png,
-                   load_generator, protect, score, visibility)
-from unet import Generator, UNet, pad_to_16
+                   load_generator, protect, score, standardize, visibility)
+from unet import Generator
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Table 2: target accuracy in percent, min, median and max over the auxiliary models, without one.
@@ -69,195 +69,217 @@ def jpeg(images: Tensor, subsampling: str, quality: int = 75) -> Tensor:
     return torch.from_numpy(np.stack(received)).permute(0, 3, 1, 2).to(images.device)
 
 
-def matched(images: Tensor, candidates: Tensor) -> float:
-    """Return the percentage of uint8 images (N, 3, H, W) whose own candidate is the nearest one.
+def repeats(service_answers: Tensor, target_answers: Tensor, encoder_answers: Tensor) -> dict:
+    """Say whom the service repeats, where the generator starts from an encoder.
 
-    Its own candidate has the same index. If it is one of n that are equally near, it counts 1 / n.
+    service_answers (N,) are the target's to the protected images; the others are those of target
+    and encoder to the originals. "encoder" is the percentage of service_answers that are the
+    encoder's. "disagree" is the number of images on which target and encoder disagree. Of these,
+    "then_encoder" and "then_target" are the percentages on which the service follows either.
     """
-    x = to_float(images).flatten(1)
-    y = to_float(candidates).flatten(1)
-    distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")  # exact for equals
-    nearest = distances == distances.amin(1, keepdim=True)
-    shares = nearest.diagonal().double() / nearest.sum(1)
-    return 100 * shares.mean().item()
+    as_encoder = service_answers == encoder_answers
+    as_target = service_answers == target_answers
+    split = target_answers != encoder_answers
+    result = {"encoder": percent(as_encoder), "disagree": split.sum().item(),
+              "then_encoder": None, "then_target": None}
+    if split.any():
+        result["then_encoder"] = percent(as_encoder[split])
+        result["then_target"] = percent(as_target[split])
+    return result
 
 
-def another_view(images: Tensor) -> Tensor:
-    """Mirror uint8 images (N, 3, H, W), shift them by two pixels, and make them 10% brighter."""
-    h, w = images.shape[2:]
-    views = []
-    for [batch] in scoring_batches(images):
-        x = to_float(batch).flip(3)
-        x = F.pad(x, (2, 0, 2, 0), mode="replicate")[:, :, :h, :w]  # two to the right, two down
-        x = (1.1 * x).clamp(0, 1)
-        views.append((255 * x).round().to(torch.uint8))
-    return torch.cat(views)
-
-
-def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
-    """Say how many of uint8 images (N, 3, H, W) are found among their protected ones, in percent.
-
-    Somebody has the generator. With "another_view" of an image he protects that view and takes the
-    nearest of the N protected images. With the image itself, "known_candidate_match", he guesses
-    among the protected images that equal its own; with the class, "class_alone", among its images.
-    """
-    protected = protect(generator, images)
-    view = protect(generator, another_view(images))
-    return {
-        "another_view": matched(view, protected),
-        "known_candidate_match": 100 * len(protected.unique(dim=0)) / len(protected),
-        "class_alone": 100 * len(labels.unique()) / len(labels),
-    }
-
-
-def evaluate_generator(generator: nn.Module, target_name: str, aux_name: str, classifiers: dict,
-                       clean: dict, images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
+def evaluate_generator(generator: nn.Module, meta: dict, classifiers: dict, seen: dict,
+                       images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
     """Return all scores of one generator on uint8 images (N, 3, H, W), and the protected images.
 
-    `classifiers`, and `clean`, the accuracies of those of Table 1 on the originals, are dicts by
-    name.
+    `meta` is that of its file. `classifiers` and `seen` are dicts by name; seen holds the target's
+    answers to the original images and, if the form starts from it, those of the encoder.
     """
     protected = protect(generator, images)
+    target_name, aux_name = meta["target"], meta["aux"]
     target = classifiers[target_name]
     result = score(images, protected, target, classifiers.get(aux_name), labels)
     del result["loss"]  # each form is trained with a loss of its own
     result["target"] = target_name
     result["aux"] = aux_name
-    result["clean_target_accuracy"] = clean[target_name]
-    result["drop"] = clean[target_name] - result["target_accuracy"]
+    result["clean_target_accuracy"] = percent(seen[target_name] == labels)  # Eq. (5)
+    result["drop"] = result["clean_target_accuracy"] - result["target_accuracy"]
     result["own_less_other"] = result["visibility"]["own"] - result["visibility"]["other"]
     result["jpeg"] = {}
     for subsampling in ("4:4:4", "4:2:0"):
         received = jpeg(protected, subsampling)
         result["jpeg"][subsampling] = accuracy(target, received, labels)
     result["unseen"] = {}  # classifiers that the generator never met
-    for name in clean:
-        if name not in (target_name, aux_name):
+    for name in CLASSIFIERS:
+        if name in classifiers and name not in (target_name, aux_name):
             result["unseen"][name] = accuracy(classifiers[name], protected, labels)
-    result["linked"] = linked(generator, images[:1000], labels[:1000])
+    result |= {"repeats": None, "read_back": None, "linked": None}  # --attack fills the last two
+    if FORMS[meta["form"]]["start"] == "encoder":
+        service_answers = answers(target, protected)
+        result["repeats"] = repeats(service_answers, seen[target_name], seen["encoder"])
     return result, protected
 
 
-# --- The reconstruction attack --------------------------------------------------------------------
-def score_recovered(recovered: Tensor, originals: Tensor, target: nn.Module,
-                    labels: Tensor) -> dict:
-    """Score what an attacker got back, beside the originals, both uint8 (N, 3, H, W)."""
-    similarities = []
-    errors = []
-    for x, y in scoring_batches(originals, recovered):
-        x = to_float(x)
-        y = to_float(y)
-        similarities.append(ssim(x, y))
-        errors.append(((x - y) ** 2).mean(dim=(1, 2, 3)))
-    return {
-        "ssim": torch.cat(similarities).mean().item(),
-        "psnr": -10 * torch.cat(errors).log10().mean().item(),  # in dB
-        "re_identified": matched(recovered, originals),
-        "target_accuracy": accuracy(target, recovered, labels),
-    }
+# --- What a machine reads -------------------------------------------------------------------------
+def correlations(images: Tensor, candidates: Tensor) -> Tensor:
+    """Return how images (N, C, H, W) correlate with candidates (M, C, H, W): float64 (N, M).
+
+    A change of an image's brightness or contrast does not change them.
+    """
+    x = standardize(images.flatten(1)[:, None])  # all pixels are one vector
+    y = standardize(candidates.flatten(1)[:, None])
+    return x[:, 0] @ y[:, 0].T
+
+
+def score_matches(similarity: Tensor) -> tuple[float, float]:
+    """Return how many images are found, in percent, and the median rank of their own candidates.
+
+    similarity is float64 (N, M), N <= M. The own candidate of image i is candidate i. It is found
+    if no other is more similar; if it is one of n that are equally similar, it counts 1 / n.
+    """
+    advantage = similarity - similarity.diagonal()[:, None]  # of each candidate over the own one
+    more = (advantage > 1e-10).sum(1)  # smaller differences are rounding errors
+    equal = (advantage.abs() <= 1e-10).sum(1)
+    shares = (more == 0).double() / equal
+    ranks = more + (equal + 1) / 2
+    return 100 * shares.mean().item(), ranks.quantile(0.5).item()
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Turn uint8 images (N, 3, H, W) into float32 in [0, 1], of 32 x 32 pixels at most."""
+    h, w = images.shape[2:]
+    small = []
+    for [batch] in scoring_batches(images):
+        small.append(F.adaptive_avg_pool2d(to_float(batch), (min(h, 32), min(w, 32))))
+    return torch.cat(small)
+
+
+def ridge_regression(sent: dict[str, Tensor], originals: dict[str, Tensor]) -> Tensor:
+    """Read the originals of the "test" images back by ridge regression, a linear map of all pixels.
+
+    Both dicts hold float images (N, 3, H, W) by split. The map fits "train" best, with a penalty on
+    large weights; of seven penalties the one is taken that serves "validation" best. Nothing is
+    random, and nothing has to converge. Returns (N, 3, H, W) in [0, 1].
+    """
+    x_mean = sent["train"].mean(0)
+    y_mean = originals["train"].mean(0)
+    x = {}
+    y = {}
+    for split in sent:
+        x[split] = (sent[split] - x_mean).flatten(1).double()
+        y[split] = (originals[split] - y_mean).flatten(1).double()
+    covariance = x["train"].T @ x["train"]  # all three without the division by N
+    cross_covariance = x["train"].T @ y["train"]
+    variance = covariance.diagonal().mean() + 1e-9  # solvable, if all have become one picture
+    identity = torch.eye(len(covariance)).to(covariance)
+    best_error = torch.inf
+    for share in (1e-6, 1e-5, 1e-4, 0.001, 0.01, 0.1, 1):
+        weights = torch.linalg.solve(covariance + share * variance * identity, cross_covariance)
+        error = F.mse_loss(x["validation"] @ weights, y["validation"]).item()
+        if error < best_error:
+            best_error = error
+            pixels = x["test"] @ weights
+    recovered = y_mean + pixels.float().view_as(originals["test"])
+    return recovered.clamp(0, 1)
+
+
+def score_recovered(recovered: Tensor, originals: Tensor) -> dict:
+    """Score what was read back beside the originals, both (N, 3, H, W) in [0, 1]; psnr is in dB."""
+    errors = ((recovered - originals) ** 2).mean(dim=(1, 2, 3))
+    errors = errors.clamp(min=1e-10)  # at most 100 dB
+    found, median_rank = score_matches(correlations(recovered, originals))
+    return {"psnr": -10 * errors.log10().mean().item(),
+            "ssim": ssim(originals, recovered).mean().item(),
+            "found": found, "median_rank": median_rank}
 
 
 def describe_recovered(scores: dict) -> str:
-    return (f"SSIM {scores['ssim']:.3f}, PSNR {scores['psnr']:.1f} dB, "
-            f"re-identified {scores['re_identified']:.1f}%")
+    return (f"found {scores['found']:.1f}%, median rank {scores['median_rank']:.1f}, "
+            f"SSIM {scores['ssim']:.3f}, PSNR {scores['psnr']:.1f} dB")
 
 
-class Attacker(nn.Module):
-    """Guesses the originals of protected images (N, 3, H, W) in [0, 1], H and W >= 16."""
+@torch.no_grad()
+def read_back(generator: nn.Module, data: dict, picture: str | None = None) -> dict:
+    """Say what a linear map gets back from protected images, by ridge_regression.
 
-    def __init__(self):
-        super().__init__()
-        self.unet = UNet()
+    Anyone can do this who has the generator and images of the same kind. `generator` is any module
+    that takes and returns images (N, 3, H, W) in [0, 1]; `data` is like load_cifar10's. The
+    attacker protects the first 12,000 training images, and learns from them to read the first 1,000
+    test images back. Images larger than 32 x 32, protected ones and originals, are shrunk to that.
 
-    def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[2], x.shape[3]
-        x = self.unet(pad_to_16(x))  # not normalised: it learns that
-        return x[:, :, :h, :w].sigmoid()
-
-
-def reconstruction_attack(generator: nn.Module, target: nn.Module, data: dict, path: str, *,
-                          epochs: int = 5, batch_size: int = 128, lr: float = 0.002,
-                          device: str | torch.device = "cpu", seed: int = 0,
-                          classes: Sequence[str] = ()) -> dict:
-    """Train a U-Net to undo a generator, as anyone can who has the app that it ships in.
-
-    The attacker protects training images and their mirror images, and learns to return the
-    originals (squared error and 1 - SSIM, AdamW). After each epoch it is scored on the first 1,000
-    test images: SSIM (signed), PSNR in dB, and the percentage that is re-identified, nearest to its
-    own original. "class_mean" has the scores of the mean image of the right class. Writes path.json
-    and path.png, and returns the content of path.json; `classes` names the labels in the picture.
-    Raises UserError if these cannot be written, and what check_data and check_classes raise.
+    Returns psnr (dB), ssim (signed), found, the percentage of images that correlate more with their
+    own original than with any other, and median_rank, the place of their own in that order.
+    "class_mean" has the same four of the mean image of the right class. A linear map that gets no
+    more than that has learnt the class alone. It does not follow that nothing else is there: a
+    network may read what it cannot, or what is finer than the 32 x 32 pixels. `picture` names a
+    .png for ten images. Raises UserError if the training images lack a class of the test images.
     """
-    check_data(data, ["train", "test"], epochs)
-    check_classes(data, ["test"])
-    check_writable(f"{path}.json")
-    device = str(device)
-    images, labels = data["train"]
-    test_images = data["test"][0][:1000]
-    test_labels = data["test"][1][:1000]
-    sent = protect(generator, test_images)
-    precision = choose_precision(device, "bf16")
-    n = len(images)
-    originals = torch.cat([images, images.flip(3)])
-    protected = protect(generator, originals)
-    count = int(labels.max()) + 1
-    class_means = [images[labels == label].float().mean(0) for label in range(count)]
-    guesses = torch.stack(class_means).round().to(torch.uint8)[test_labels]
-    results = {
-        "protected": score_recovered(sent, test_images, target, test_labels),
-        "class_mean": score_recovered(guesses, test_images, target, test_labels),
-        "images": len(test_images),
-        "training_images": n,
-        "precision": precision,
-        "seed": seed,
-        "hardware": hardware(device),
-        "epochs": [],
-    }
+    few = {}
+    originals = {}
+    sent = {}
+    for split, count in (("train", 12000), ("validation", 1000), ("test", 1000)):
+        images, labels = data[split]
+        few[split] = images[:count], labels[:count]
+    check_classes(few, ["test"])
+    for split, (images, _) in few.items():
+        originals[split] = shrink(images)
+        sent[split] = shrink(protect(generator, images))
+    recovered = ridge_regression(sent, originals)
+    class_mean = torch.empty_like(recovered)
+    for label in few["test"][1].unique():
+        mean = originals["train"][few["train"][1] == label].mean(0)
+        class_mean[few["test"][1] == label] = mean
+    scores = score_recovered(recovered, originals["test"])
+    if picture is not None:
+        rows = [(describe_recovered(scores), [])]
+        shown = {"original": originals["test"], "protected": sent["test"], "read back": recovered}
+        for name, images in shown.items():
+            rows.append((name, list((255 * images[:10]).round().byte())))
+        draw_sheet(picture, rows)
+    return scores | {"class_mean": score_recovered(class_mean, originals["test"])}
 
-    torch.manual_seed(seed)
-    attacker = Attacker()
-    attacker.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(attacker.parameters(), lr=lr, fused=True)
-    batch_size = min(batch_size, n)
-    steps_per_epoch = n // batch_size
-    steps = epochs * steps_per_epoch
-    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps; the mean image of the right class "
-          f"has {describe_recovered(results['class_mean'])}", flush=True)
-    for epoch in range(1, epochs + 1):
-        torch.manual_seed(1000 * seed + epoch)
-        attacker.train()
-        start = time.monotonic()
-        order = torch.randperm(n, device=device)
-        for i in range(steps_per_epoch):
-            step = (epoch - 1) * steps_per_epoch + i
-            batch = order[i * batch_size:(i + 1) * batch_size]
-            flipped = torch.randint(0, 2, batch.shape, device=device)
-            batch = batch + n * flipped
-            original = to_float(originals[batch])
-            with autocast(device, precision):
-                recovered = attacker(to_float(protected[batch]))
-            recovered = recovered.float()
-            error = F.mse_loss(recovered, original)
-            similarity = ssim(original, recovered).mean()
-            loss = 10 * error + 1 - similarity
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if i % 50 == 49:
-                print_progress(path, epoch, epochs, start, i + 1, steps_per_epoch, batch_size)
 
-        recovered = protect(attacker.eval(), sent)  # it runs any image network
-        scores = score_recovered(recovered, test_images, target, test_labels)
-        results["epochs"].append(scores)
-        save(f"{path}.json", json.dumps(results, indent=1).encode())
-        print(f"{path}  epoch {epoch}/{epochs}  {describe_recovered(scores)}", flush=True)
-    rows = [(f"a U-Net recovers, after {epochs} epochs: {describe_recovered(scores)}", []),
-            (f"the mean image of the right class: {describe_recovered(results['class_mean'])}", [])]
-    batches = {"original": test_images[:10], "protected": sent[:10], "recovered": recovered[:10]}
-    rows += image_rows(batches, test_labels[:10], {"target": target}, classes)
-    draw_sheet(f"{path}.png", rows)
-    return results
+def another_view(images: Tensor, mirrored: bool = True, down: int = 2, right: int = 2,
+                 brightness: float = 1.1) -> Tensor:
+    """Return a view of uint8 images (N, 3, H, W): mirrored or not, shifted, brighter or darker.
+
+    They move down and to the right by -2 to 2 pixels; the border is repeated.
+    """
+    h, w = images.shape[2:]
+    views = []
+    for [batch] in scoring_batches(images):
+        x = to_float(batch)
+        if mirrored:
+            x = x.flip(3)
+        x = F.pad(x, (2, 2, 2, 2), mode="replicate")
+        x = x[:, :, 2 - down:2 - down + h, 2 - right:2 - right + w]
+        x = (brightness * x).clamp(0, 1)
+        views.append((255 * x).round().to(torch.uint8))
+    return torch.cat(views)
+
+
+def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
+    """Say how many images are found among protected ones by "another_view" of each, in percent.
+
+    The first 100 of uint8 images (N, 3, H, W) are sought among all N protected ones. Somebody has
+    the generator and that view of each, and tries 36 views of it, of which one undoes the changes
+    but for border and clipping: mirrored or not, shifted by -2, 0 or 2 pixels in each direction, as
+    bright or darker. He protects them all, and takes the protected image that correlates most with
+    any of them. "class_alone" is what he finds if he knows only the class, "different_pictures" how
+    many of the N protected images differ. Larger images are compared at 32 x 32.
+    """
+    protected = protect(generator, images)
+    candidates = shrink(protected)
+    views = another_view(images[:100])
+    tries = itertools.product((False, True), (-2, 0, 2), (-2, 0, 2), (1, 1 / 1.1))
+    similarities = []
+    for mirrored, down, right, brightness in tries:
+        attempt = protect(generator, another_view(views, mirrored, down, right, brightness))
+        similarities.append(correlations(shrink(attempt), candidates))
+    found, _ = score_matches(torch.stack(similarities).amax(0))
+    of_class = (labels[:100, None] == labels).sum(1)
+    return {"another_view": found, "class_alone": 100 * (1 / of_class).mean().item(),
+            "different_pictures": len(protected.unique(dim=0))}
 
 
 # --- The tables, as README.md and assets/results.md show them -------------------------------------
@@ -297,19 +319,26 @@ def heading(title: str, columns: str) -> str:
     return f"# {title}\n\n| {columns} |\n|{rule}\n"
 
 
-def score_table(generators: dict[str, dict], attacks: dict[str, dict]) -> str:
+def describe_training(meta: dict) -> str:
+    """Put the form and the length of a training on CIFAR-10 into words."""
+    if meta.get("max_steps") is None:
+        return f"{meta['form']}, epoch {meta['epoch']} of {meta['epochs']}"
+    steps = min((meta["limit"] or 50000) // meta["batch_size"], meta["max_steps"])  # of an epoch
+    return f"{meta['form']}, step {meta['epoch'] * steps} of {meta['epochs'] * steps}"
+
+
+def score_table(generators: dict[str, dict]) -> str:
     text = heading(
         "Scores, accuracies in percent",
         "form | target, auxiliary model | target accuracy: originals, protected | auxiliary "
         "accuracy | visibility: own / another's / same class | absolute SSIM: mean, largest | "
-        "target accuracy after JPEG: 4:4:4, 4:2:0 | linked (%) | re-identified (%)")
-    for name, result in generators.items():
-        meta = result["meta"]
+        "target accuracy after JPEG: 4:4:4, 4:2:0 | repeats the phone (%): all images, "
+        "disputed ones | read back (%)")
+    for result in generators.values():
         visible = result["visibility"]
-        re_identified = None
-        if name in attacks:
-            re_identified = attacks[name]["epochs"][-1]["re_identified"]
-        text += (f"| {meta['form']}, epoch {meta['epoch']} of {meta['epochs']} "
+        repeated = result["repeats"] or {"encoder": None, "then_encoder": None}
+        recovered = result["read_back"] or {"found": None}
+        text += (f"| {describe_training(result['meta'])} "
                  f"| {result['target']}, {result['aux']} "
                  f"| {result['clean_target_accuracy']:.2f}, {result['target_accuracy']:.2f} "
                  f"| {number(result['aux_accuracy'])} "
@@ -317,8 +346,8 @@ def score_table(generators: dict[str, dict], attacks: dict[str, dict]) -> str:
                  f"/ {number(visible['same_class'], 3)} "
                  f"| {result['ssim']:.4f}, {result['ssim_largest']:.3f} "
                  f"| {result['jpeg']['4:4:4']:.2f}, {result['jpeg']['4:2:0']:.2f} "
-                 f"| {number(result['linked']['another_view'], 1)} "
-                 f"| {number(re_identified, 1)} |\n")
+                 f"| {number(repeated['encoder'], 1)}, {number(repeated['then_encoder'], 1)} "
+                 f"| {number(recovered['found'], 1)} |\n")
     return text
 
 
@@ -335,17 +364,21 @@ def table_2(form: str, summary: dict) -> str:
                    "points (the paper: 38 of 56).\n")
 
 
-def attack_table(attacks: dict[str, dict]) -> str:
-    text = heading(
-        "What a U-Net recovers that was trained to undo the generator",
-        "generator | epochs | SSIM, signed: protected, recovered | PSNR in dB: recovered | "
-        "re-identified (%) | SSIM, PSNR of the mean image of the right class")
-    for name, attack in attacks.items():
-        last = attack["epochs"][-1]
-        mean = attack["class_mean"]
-        text += (f"| {name} | {len(attack['epochs'])} | {attack['protected']['ssim']:.3f}, "
-                 f"{last['ssim']:.3f} | {last['psnr']:.1f} | {last['re_identified']:.1f} "
-                 f"| {mean['ssim']:.3f}, {mean['psnr']:.1f} |\n")
+def machine_table(generators: dict[str, dict]) -> str:
+    text = heading("What a machine reads / what the class alone tells",
+                   "generator | read back: found (%) | median rank | SSIM | PSNR (dB) | linked (%) "
+                   "| different pictures of 1,000")
+    for name, result in generators.items():
+        if result["read_back"] is None:
+            continue
+        text += f"| {name} "
+        read = result["read_back"]
+        mean = read["class_mean"]
+        for key, digits in (("found", 1), ("median_rank", 1), ("ssim", 3), ("psnr", 1)):
+            text += f"| {number(read[key], digits)} / {number(mean[key], digits)} "
+        links = result["linked"]
+        text += (f"| {links['another_view']:.1f} / {links['class_alone']:.1f} "
+                 f"| {links['different_pictures']} |\n")
     return text
 
 
@@ -358,13 +391,14 @@ def table_3(timing: dict) -> str:
     return text
 
 
-def tables(results: dict, attacks: dict[str, dict]) -> str:
-    """Return the text of tables.md, from results.json and from the attacks, a dict by generator."""
-    texts = [score_table(results["generators"], attacks)]
+def tables(results: dict) -> str:
+    """Return the text of tables.md, from the content of results.json."""
+    generators = results["generators"]
+    texts = [score_table(generators)]
     for form, summary in results["summary"].items():
         texts.append(table_2(form, summary))
-    if attacks:
-        texts.append(attack_table(attacks))
+    if any(result["read_back"] is not None for result in generators.values()):
+        texts.append(machine_table(generators))
     if "timing" in results:
         texts.append(table_3(results["timing"]))
     return "\n".join(texts)
@@ -415,25 +449,22 @@ def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
     save(path, file.getvalue())
 
 
-@torch.no_grad()
-def image_rows(batches: dict[str, Tensor], labels: Tensor, classifiers: dict[str, nn.Module],
-               classes: Sequence[str] = CLASSES) -> list:
+def image_rows(batches: dict[str, Tensor], labels: Tensor,
+               classifiers: dict[str, nn.Module]) -> list:
     """Return rows of a sheet: the classes, batches of uint8 images, and what is seen in the last.
 
-    The keys of batches and classifiers are the words before their rows. A label that has no name in
-    `classes` is shown as a number.
+    The keys of batches and classifiers are the words before their rows.
     """
-    names = dict(enumerate(classes))
-    rows = [("", [(names.get(label, str(label)), BLACK, WHITE) for label in labels.tolist()])]
+    rows = [("", [(CLASSES[label], BLACK, WHITE) for label in labels.tolist()])]
     for name, images in batches.items():
         rows.append((name, list(images)))
-    last = to_float(list(batches.values())[-1])
+    last = list(batches.values())[-1]
     for name, classifier in classifiers.items():
-        predictions = classifier(last).argmax(1)
+        predictions = answers(classifier, last)
         cells = []
         for prediction, label in zip(predictions.tolist(), labels.tolist()):
             colour = GREEN if prediction == label else RED
-            cells.append((names.get(prediction, str(prediction)), colour, WHITE))
+            cells.append((CLASSES[prediction], colour, WHITE))
         rows.append((f"{name} sees", cells))
     return rows
 
@@ -680,10 +711,10 @@ def main() -> None:
     parser.add_argument("--out", default="runs/evaluation", metavar="FOLDER",
                         help="for the results (default: %(default)s)")
     parser.add_argument("--limit", type=positive_int,
-                        help="score on the first LIMIT test images (the attack on 1,000)")
+                        help="score on the first LIMIT test images (--attack takes 1,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3")
-    parser.add_argument("--attack", nargs="?", type=positive_int, const=5, metavar="EPOCHS",
-                        help="also train a U-Net to undo each generator, 5 epochs or EPOCHS")
+    parser.add_argument("--attack", action="store_true",
+                        help="also read protected images back, and link them to other views")
     parser.add_argument("--image", nargs="+", metavar="FILE",
                         help="only protect these, squeezed to the size trained for")
     add_common_arguments(parser)
@@ -710,24 +741,25 @@ def main() -> None:
                             "export_mobile.py take it")
         loaded[name] = path, generator, meta
         needed.update([meta["target"], meta["aux"]])
+        if FORMS[meta["form"]]["start"] == "encoder":
+            needed.add("encoder")
     check_writable(f"{args.out}/results.json")
     data = load_cifar10(args.data, args.device)
     images = data["test"][0][:args.limit]
     labels = data["test"][1][:args.limit]
     classifiers = {}
-    clean = {}
-    for name in CLASSIFIERS:
+    seen = {}  # answers to the original images, of the networks that a generator needs
+    for name in (*CLASSIFIERS, "encoder"):
         if name in needed or find_classifier(name):
             classifiers[name] = load_classifier(name, args.device)
-            clean[name] = accuracy(classifiers[name], images, labels)
-            print(f"{name}: {clean[name]:.2f}% of {len(images):,} original images", flush=True)
-    if "encoder" in needed:
-        classifiers["encoder"] = load_classifier("encoder", args.device)
-    results = {"images": len(images), "clean": clean, "hardware": hardware(args.device),
+        if name in needed:
+            seen[name] = answers(classifiers[name], images)
+            share = percent(seen[name] == labels)
+            print(f"{name}: {share:.2f}% of {len(images):,} original images", flush=True)
+    results = {"images": len(images), "hardware": hardware(args.device),
                "torch": torch.__version__, "generators": {}, "summary": {}}
     if args.timing:
         results["timing"] = time_networks(args.device)
-    attacks = {}
     entries = {form: {} for form in FORMS}  # no table or figure mixes forms
     few = first_of_class(labels)[::2]  # every second class is enough for Figure 9
     few_protected = {form: {} for form in FORMS}
@@ -735,31 +767,31 @@ def main() -> None:
         generator.to(args.device, memory_format=torch.channels_last)
         target, aux, form = meta["target"], meta["aux"], meta["form"]
         print(f"\n{name} ({len(results['generators']) + 1} of {len(loaded)})", flush=True)
-        result, protected = evaluate_generator(generator, target, aux, classifiers, clean, images,
-                                               labels)
+        result, protected = evaluate_generator(generator, meta, classifiers, seen, images, labels)
         result["file"] = path
         result["meta"] = meta
         results["generators"][name] = result
         entries[form][target, aux] = result
         few_protected[form][target, aux] = protected[few]
         results["summary"][form] = summarise(list(entries[form].values()))
-        save(f"{args.out}/results.json", json.dumps(results, indent=1).encode())
         draw_examples(args.out, name, result, images, protected, labels, classifiers)
         print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
               f"auxiliary {number(result['aux_accuracy'])}%; |SSIM| {result['ssim']:.4f}, "
               f"at most {result['ssim_largest']:.3f}; {describe_visibility(result['visibility'])}",
               flush=True)
-        for role in ("target", "aux"):
-            if meta[role] == "none":
+        for role, network in (("target", target), ("aux", aux), ("encoder", "encoder")):
+            trained_with = meta[f"{role}_sha256"]
+            if trained_with == "none":
                 continue
-            weights = classifiers[meta[role]].state_dict().values()
-            if meta[f"{role}_sha256"] != fingerprint(*weights):
-                print(f"  note: it was trained with another {meta[role]}")
+            if trained_with != fingerprint(*classifiers[network].state_dict().values()):
+                print(f"  note: it was trained with another {network}")
         if args.attack:
-            attacks[name] = reconstruction_attack(
-                generator, classifiers[target], data, f"{args.out}/attack-{name}",
-                epochs=args.attack, device=args.device, seed=args.seed, classes=CLASSES)
-        text = tables(results, attacks)
+            result["read_back"] = read_back(generator, data, f"{args.out}/read-back-{name}.png")
+            result["linked"] = linked(generator, data["test"][0][:1000], data["test"][1][:1000])
+            print(f"  read back: {describe_recovered(result['read_back'])}; "
+                  f"linked {result['linked']['another_view']:.1f}%", flush=True)
+        save(f"{args.out}/results.json", json.dumps(results, indent=1).encode())
+        text = tables(results)
         save(f"{args.out}/tables.md", text.encode())
     print(f"\n{text}")
     for form in results["summary"]:

@@ -151,7 +151,9 @@ def encoder_features(generator, x):
 def write_generator(path, generator, **meta):
     """Write a file as train.py does; the fingerprints of its networks are wrong."""
     meta["form"] = "hardened" if generator.hardened else "pretrained"
-    meta |= {"epoch": 1, "epochs": 1, "target_sha256": "another", "aux_sha256": "another"}
+    meta |= {"epoch": 1, "epochs": 1}
+    for network in ("target", "aux", "encoder"):
+        meta[f"{network}_sha256"] = "none" if meta.get(network) == "none" else "another"
     save(path, {"generator": generator.state_dict(), "meta": meta})
 
 
@@ -792,7 +794,7 @@ def test_the_readmes_python_does_what_it_says(tmp_path, monkeypatch, capsys):
     for block in blocks:
         code = block.split("```")[0]
         exec(code, names)
-    assert "known_candidate_match" in capsys.readouterr().out  # the last line has run
+    assert "different_pictures" in capsys.readouterr().out  # the last line has run
     assert call(export_mobile, "--generator", "runs/mine.pt") == 0
     phone = export_mobile._load_for_lite_interpreter("runs/mine.ptl")
     images, _ = names["data"]["test"]
@@ -842,10 +844,12 @@ def test_a_generator_scores_on_a_gpu_what_it_scores_on_a_cpu(folder):
     assert call(train, *PAIR, "--epochs", "1", "--device", "cuda") == 0
     scores = {}
     for device in ("cuda", "cpu"):
-        assert call(evaluate, "--device", device, "--out", device) == 0
+        assert call(evaluate, "--device", device, "--attack", "--out", device) == 0
         results = json.loads(Path(f"{device}/results.json").read_text())
         scores[device] = results["generators"]["resnet18-mobilenet_v2"]
-    for key, tolerance in (("target_accuracy", 2), ("aux_accuracy", 2), ("ssim", 0.01)):
+        scores[device]["psnr"] = scores[device]["read_back"]["psnr"]
+    tolerances = {"target_accuracy": 2, "aux_accuracy": 2, "ssim": 0.01, "psnr": 0.5}
+    for key, tolerance in tolerances.items():
         assert scores["cuda"][key] == pytest.approx(scores["cpu"][key], abs=tolerance)
 
 
@@ -990,38 +994,6 @@ def test_what_ships_hides_and_scores_what_the_results_say(data, monkeypatch, nam
     assert visible["own"] - visible["other"] < train.VISIBLE
 
 
-def test_hardened_images_are_linked_no_better_than_by_their_class(data):
-    generator, _ = load_generator(HARDENED)
-    images, labels = data["test"]
-    links = evaluate.linked(generator, images[:300], labels[:300])
-    assert links["class_alone"] == pytest.approx(100 * 10 / 300)
-    assert links["known_candidate_match"] == links["class_alone"]
-    assert links["another_view"] < links["class_alone"] + 0.5
-
-
-def test_images_that_pass_unchanged_are_all_linked():
-    """Even images, each nearest to its own when both are 10% brighter."""
-    levels = torch.tensor([0, 50, 100, 150, 200], dtype=torch.uint8)
-    images = levels.view(5, 1, 1, 1).expand(5, 3, 32, 32)
-    links = evaluate.linked(nn.Identity(), images, torch.zeros(5))
-    assert links == {"another_view": 100, "known_candidate_match": 100, "class_alone": 20}
-
-
-def test_another_view_is_mirrored_shifted_and_brighter(data):
-    images = data["test"][0][:2]
-    view = evaluate.another_view(images)
-    inner = images.flip(3)[:, :, :30, :30]  # two to the right, two down
-    expected = (1.1 * inner).clamp(0, 255)
-    assert (view[:, :, 2:, 2:] - expected).abs().max() <= 0.51  # rounded
-
-
-def test_matched_counts_the_nearest_and_shares_among_equals(data):
-    a, b, c = data["test"][0][:3]
-    images = torch.stack([a, b, b, a])
-    candidates = torch.stack([a, b, b, c])
-    assert evaluate.matched(images, candidates) == 100 * (1 + 1 / 2 + 1 / 2 + 0) / 4
-
-
 def test_jpeg_is_pillows_and_halves_the_colour(data):
     images = data["test"][0][:2]
     received = evaluate.jpeg(images, "4:2:0")
@@ -1032,19 +1004,167 @@ def test_jpeg_is_pillows_and_halves_the_colour(data):
     assert not torch.equal(evaluate.jpeg(images, "4:4:4"), received)
 
 
-def negative(x):
-    """In place of a generator: it hides nothing from an attacker."""
-    return 1 - x
+def test_whom_the_service_repeats_by_hand():
+    service, target, encoder = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 9, 9, 4, 9],
+                                             [0, 1, 2, 3, 9, 8]])
+    expected = {"encoder": 100 * 4 / 6, "disagree": 4, "then_encoder": 50, "then_target": 25}
+    assert evaluate.repeats(service, target, encoder) == pytest.approx(expected)
+    assert evaluate.repeats(service, target, target)["then_encoder"] is None  # nowhere
 
 
-def test_the_attack_undoes_a_negative(tmp_path, data):
-    few = take(data, 160)
-    service = make_service()
-    results = evaluate.reconstruction_attack(negative, service, few, f"{tmp_path}/attack",
-                                             epochs=5, batch_size=16)
-    last = results["epochs"][-1]
-    assert results["protected"]["ssim"] < -0.5 < 0.6 < last["ssim"]
-    assert last["re_identified"] > 90
+# --- evaluate.py: what a machine reads ------------------------------------------------------------
+def test_correlations_are_numpys_and_contrast_does_not_count(data):
+    images = data["test"][0][:4]
+    candidates = torch.cat([images[:2], 255 - images[:2], images[:2] // 10 + 100])
+    measured = evaluate.correlations(images, candidates)
+    expected = np.corrcoef(images.flatten(1), candidates.flatten(1))[:4, 4:]
+    assert measured.numpy() == pytest.approx(expected, abs=1e-9)
+    assert measured[0, 4] > 0.99  # a tenth of the contrast
+
+
+def test_an_image_is_found_if_nothing_is_more_similar_and_shares_among_equals():
+    similarity = torch.tensor([[0.9, 0.1, 0.2, 0.3],
+                               [0.1, 0.5, 0.5 + 1e-13, 0.4],  # equal but for rounding
+                               [0.3, 0.2, 0.1, 0.9]], dtype=torch.float64)
+    found, median_rank = evaluate.score_matches(similarity)
+    assert found == pytest.approx(100 * (1 + 1 / 2 + 0) / 3)
+    assert median_rank == 1.5  # of 1, 1.5 and 4
+    _, median_rank = evaluate.score_matches(similarity[:2])
+    assert median_rank == 1.25
+
+
+def test_images_are_read_back_by_the_ridge_regression_that_serves_validation_best():
+    """A penalty on the weights is a plain least squares with more rows, by NumPy."""
+    torch.manual_seed(0)
+    mixture = torch.randn(16, 16)
+    sent = {}
+    originals = {}
+    for split in ("train", "validation", "test"):
+        originals[split] = torch.rand(40, 1, 4, 4)
+        noise = 0.5 * torch.randn(40, 16)
+        sent[split] = (originals[split].flatten(1) @ mixture + noise).view(40, 1, 4, 4)
+    x, x_validation, x_test = (sent[split].flatten(1).numpy() for split in sent)
+    y, y_validation, _ = (originals[split].flatten(1).numpy() for split in sent)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    variance = ((x - x_mean) ** 2).sum() / 16
+    guesses = {}
+    for share in (1e-6, 1e-5, 1e-4, 0.001, 0.01, 0.1, 1):
+        rows = np.concatenate([x - x_mean, np.sqrt(share * variance) * np.eye(16)])
+        wanted = np.concatenate([y - y_mean, np.zeros((16, 16))])
+        weights = np.linalg.lstsq(rows, wanted)[0]
+        error = (((x_validation - x_mean) @ weights + y_mean - y_validation) ** 2).mean()
+        guesses[error] = share, ((x_test - x_mean) @ weights + y_mean).clip(0, 1)
+    share, expected = guesses[min(guesses)]
+    assert share not in (1e-6, 1)  # else the choice shows nothing
+    measured = evaluate.ridge_regression(sent, originals).flatten(1).numpy()
+    assert measured == pytest.approx(expected, abs=1e-5)
+
+
+def test_images_are_shrunk_to_32_x_32_and_smaller_ones_stay():
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    large = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(evaluate.shrink(large), images / 255)
+    assert torch.equal(evaluate.shrink(images[:, :, :28, :28]), images[:, :, :28, :28] / 255)
+
+
+class Mixture(nn.Module):
+    """Mixes all pixels of images of 16 x 16, without loss, and adds noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.init.orthogonal_(torch.empty(768, 768))
+
+    def forward(self, x):
+        mixed = 0.5 + 0.3 * ((x - 0.5).flatten(1) @ self.matrix)
+        return (mixed + 0.02 * torch.randn(mixed.shape)).clamp(0, 1).view_as(x)
+
+
+def in_another_order(x):
+    order = torch.randperm(768, generator=torch.Generator().manual_seed(0))
+    return x.flatten(1)[:, order].view_as(x)
+
+
+def one_of_ten(x):
+    pictures = torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return pictures[make_service(side=16)(x).argmax(1)]
+
+
+def test_a_linear_map_reads_back_what_is_there_and_of_ten_pictures_no_more_than_ten(data):
+    small = take(data, 12000, side=16)
+    torch.manual_seed(0)
+    readable = {
+        "identity": nn.Identity(),
+        "inverted": lambda x: 1 - x,
+        "3% of contrast": lambda x: 0.5 + 0.03 * (x - 0.5),
+        "another order": in_another_order,
+        "mixture": Mixture(),
+    }
+    unreadable = {
+        "one of ten pictures": one_of_ten,
+        "noise": torch.rand_like,
+        "a constant": torch.zeros_like,
+    }
+    for name, generator in readable.items():
+        assert evaluate.read_back(generator, small)["found"] > 95, name
+    for name, generator in unreadable.items():
+        assert evaluate.read_back(generator, small)["found"] <= 1, name  # ten of 1,000 images
+
+
+def test_what_is_read_back_is_scored_by_mean_error_and_ssim(data):
+    """A constant is read back as the mean image of the images that the attacker learnt from."""
+    few = take(data, 30, side=16)
+    images, labels = few["test"]
+    train_images, train_labels = few["train"]
+    scores = evaluate.read_back(torch.zeros_like, few)
+    of_class = torch.stack([train_images[train_labels == i].float().mean(0) for i in labels])
+    mean = train_images.float().mean(0).expand(images.shape)
+    for guess, measured in ((mean, scores), (of_class, scores["class_mean"])):
+        psnr = 10 * (255 ** 2 / ((guess - images) ** 2).mean((1, 2, 3))).log10()
+        assert measured["psnr"] == pytest.approx(psnr.mean().item(), abs=1e-3)
+        assert measured["ssim"] == pytest.approx(
+            their_ssim(images / 255, guess / 255, data_range=1).item(), abs=1e-4)
+
+
+def test_another_view_is_mirrored_shifted_and_brighter(data):
+    images = data["test"][0][:2]
+    view = evaluate.another_view(images)
+    inner = images.flip(3)[:, :, :30, :30]  # two to the right, two down
+    expected = (1.1 * inner).clamp(0, 255)
+    assert (view[:, :, 2:, 2:] - expected).abs().max() <= 0.51  # rounded
+    back = evaluate.another_view(view, down=-2, brightness=1 / 1.1)  # to the right, as mirrored
+    difference = (back.float() - images)[:, :, :30, 2:]
+    clipped = (images >= 232)[:, :, :30, 2:]  # what the brighter view has lost
+    assert difference[~clipped].abs().max() <= 1
+
+
+def folded(x):
+    """In place of a generator: hardly anything stays similar, but by the right view."""
+    return 0.5 + 0.5 * torch.sin(40 * x)
+
+
+def test_an_image_is_linked_if_one_of_the_tries_undoes_the_other_view(data):
+    images = data["test"][0][:300]
+    labels = (torch.arange(300) >= 90).long()  # 90 of one class, 210 of another
+    links = evaluate.linked(folded, images, labels)
+    assert 90 < links["another_view"] < 100  # border and clipping are lost
+    assert links["class_alone"] == pytest.approx(90 * 1 / 90 + 10 * 1 / 210)
+    assert links["different_pictures"] == 300
+
+
+def test_hardened_images_are_as_many_as_classes_and_linked_by_their_class_alone(data):
+    generator, _ = load_generator(HARDENED)
+    images, labels = data["test"]
+    links = evaluate.linked(generator, images[:60], labels[:60])
+    assert links["different_pictures"] == 10
+    assert links["class_alone"] == pytest.approx(100 * 10 / 60)
+    assert links["another_view"] <= links["class_alone"] + 1e-6
+
+
+def test_a_class_that_the_attacker_has_no_image_of_is_named(shapes):
+    images, labels = shapes["train"]
+    few = shapes | {"train": (images[labels != 3], labels[labels != 3])}
+    with pytest.raises(UserError, match="class 3"):
+        evaluate.read_back(nn.Identity(), few)
 
 
 # --- evaluate.py: tables, figures, the command ----------------------------------------------------
@@ -1084,9 +1204,8 @@ def test_readme_and_report_hold_every_line_of_the_tables():
     readme = (ROOT / "README.md").read_text()
     report = (ROOT / "assets" / "results.md").read_text()
     pages = (readme + report).splitlines()
-    attacks = read_asset("attack.json")
     for name in ("results.json", "paper-settings.json"):
-        text = evaluate.tables(read_asset(name), attacks)
+        text = evaluate.tables(read_asset(name))
         missing = {line for line in text.splitlines() if line.startswith("|")} - set(pages)
         assert not missing, name
 
@@ -1098,21 +1217,31 @@ def test_the_summary_of_the_results_is_that_of_their_generators():
         assert evaluate.summarise(entries) == summary
 
 
-def test_the_whole_command(folder, monkeypatch):
-    """Two forms of one pair, Table 3 of one network and the attack."""
+def test_the_whole_command(folder, monkeypatch, shapes):
+    """Two forms of one pair, Table 3 of one network; then what a machine reads, of one of them."""
     monkeypatch.setattr(evaluate, "TABLE_3", {"generator": (1, 1)})
     for name, generator in ((NAME, make_generator()), (f"{NAME}-hardened", make_generator(True))):
         write_generator(f"runs/{name}.pt", generator, target="resnet18", aux="mobilenet_v2")
-    assert call(evaluate, "--timing", "--attack", "1", "--out", "out") == 0
+    assert call(evaluate, "--timing", "--out", "out") == 0
     results = json.loads(Path("out/results.json").read_text())
     assert sorted(results["summary"]) == ["hardened", "pretrained"]
     assert results["timing"]["networks"]["generator"]["parameters"] == 7_766_051
     text = Path("out/tables.md").read_text()
     for name, result in results["generators"].items():
-        attack = json.loads(Path(f"out/attack-{name}.json").read_text())
         assert {f"generator-{name}.png", f"worst-{name}.png"} <= set(os.listdir("out"))
         assert f"{result['ssim']:.4f}, {result['ssim_largest']:.3f}" in text
-        assert f"{attack['epochs'][0]['psnr']:.1f}" in text
+
+    assert call(evaluate, "--attack", "--generator", f"runs/{NAME}.pt", "--out", "attack") == 0
+    [result] = json.loads(Path("attack/results.json").read_text())["generators"].values()
+    assert result["read_back"]["found"] > 50  # untrained, it hides nothing
+    generator, _ = load_generator(f"runs/{NAME}.pt")
+    images = shapes["test"][0]
+    seen = classifiers.answers(load_classifier("encoder"), images)
+    protected = protect(generator, images)
+    repeated = accuracy(load_classifier("resnet18"), protected, seen)
+    assert result["repeats"]["encoder"] == pytest.approx(repeated)
+    assert f"{result['read_back']['found']:.1f} / " in Path("attack/tables.md").read_text()
+    assert os.path.exists("attack/read-back-resnet18-mobilenet_v2.png")
 
 
 def test_two_files_of_one_pair_count_once_in_table_2(folder):

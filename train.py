@@ -546,8 +546,8 @@ AUXILIARY_MODELS = (*CLASSIFIERS, "encoder", "none")  # the names that --aux tak
 LEARNING_RATES = {("googlenet", "vgg13_bn"): 0.001}  # Section 4.1.3: 0.005 for all others
 FORM_WORDS = {
     "paper": "the paper's own settings: U starts at random, no lossy channel",
-    "pretrained": "ours, x + U(x) from a pretrained encoder, over a lossy channel, balanced loss",
-    "hardened": "ours, the pretrained encoder recognises the image, U paints the class's picture",
+    "pretrained": "ours, to study: x + U(x) from a trained encoder, lossy channel, balanced loss",
+    "hardened": "ours, to use: the trained encoder recognises the image, U paints its class",
 }
 
 
