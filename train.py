@@ -546,8 +546,8 @@ AUXILIARY_MODELS = (*CLASSIFIERS, "encoder", "none")  # the names that --aux tak
 LEARNING_RATES = {("googlenet", "vgg13_bn"): 0.001}  # Section 4.1.3: 0.005 for all others
 FORM_WORDS = {
     "paper": "the paper's own settings: U starts at random, no lossy channel",
-    "pretrained": "ours, to study: x + U(x) from a trained encoder, lossy channel, balanced loss",
-    "hardened": "ours, to use: the trained encoder recognises the image, U paints its class",
+    "pretrained": "ours, to study the method: x + U(x), but U starts from a trained encoder",
+    "hardened": "ours, to use: U paints one picture for each class, nothing else leaves the phone",
 }
 
 
@@ -566,8 +566,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--aux", nargs="+", metavar="NAME",
                         choices=[*AUXILIARY_MODELS, "all"],
                         help="the auxiliary model: the same names; encoder, the one that U starts "
-                             "from (default; the form paper has none); none, then images show, "
-                             "except with hardened; or all (the eight)")
+                             "from (default; with --form paper name another); none, then images "
+                             "show, except with hardened; or all (the eight)")
     forms = "; ".join(f"{form}, {words}" for form, words in FORM_WORDS.items())
     parser.add_argument("--form", choices=FORMS, default="pretrained",
                         help=f"{forms} (default: %(default)s)")
