@@ -325,8 +325,8 @@ def answers(classifier: nn.Module, images: Tensor) -> Tensor:
 
 
 def percent(events: Tensor) -> float:
-    """Return how many of booleans (N,) are true, in percent; of none it is nan."""
-    return (100 * events.sum().double() / len(events)).item()
+    """Return how many of booleans (N,) are true, in percent."""
+    return 100 * events.sum().item() / len(events)
 
 
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:

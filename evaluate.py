@@ -59,12 +59,12 @@ TABLE_3 = {
 
 
 # --- The scores of one generator ------------------------------------------------------------------
-def jpeg(images: Tensor, subsampling: str, quality: int = 75) -> Tensor:
+def jpeg(images: Tensor, subsampling: str) -> Tensor:
     """Return uint8 images (N, 3, H, W) as a JPEG file gives them back; 4:2:0 halves the colour."""
     received = []
     for image in images.permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling=subsampling)
+        Image.fromarray(image).save(file, "JPEG", quality=75, subsampling=subsampling)
         received.append(np.array(Image.open(file)))
     return torch.from_numpy(np.stack(received)).permute(0, 3, 1, 2).to(images.device)
 
@@ -79,12 +79,12 @@ def repeats(service_answers: Tensor, target_answers: Tensor, encoder_answers: Te
     """
     as_encoder = service_answers == encoder_answers
     as_target = service_answers == target_answers
-    split = target_answers != encoder_answers
-    result = {"encoder": percent(as_encoder), "disagree": split.sum().item(),
+    disputed = target_answers != encoder_answers
+    result = {"encoder": percent(as_encoder), "disagree": disputed.sum().item(),
               "then_encoder": None, "then_target": None}
-    if split.any():
-        result["then_encoder"] = percent(as_encoder[split])
-        result["then_target"] = percent(as_target[split])
+    if disputed.any():
+        result["then_encoder"] = percent(as_encoder[disputed])
+        result["then_target"] = percent(as_target[disputed])
     return result
 
 
@@ -246,16 +246,13 @@ def another_view(images: Tensor, mirrored: bool = True, down: int = 2, right: in
     They move down and to the right by -2 to 2 pixels; the border is repeated.
     """
     h, w = images.shape[2:]
-    views = []
-    for [batch] in scoring_batches(images):
-        x = to_float(batch)
-        if mirrored:
-            x = x.flip(3)
-        x = F.pad(x, (2, 2, 2, 2), mode="replicate")
-        x = x[:, :, 2 - down:2 - down + h, 2 - right:2 - right + w]
-        x = (brightness * x).clamp(0, 1)
-        views.append((255 * x).round().to(torch.uint8))
-    return torch.cat(views)
+    x = to_float(images)
+    if mirrored:
+        x = x.flip(3)
+    x = F.pad(x, (2, 2, 2, 2), mode="replicate")
+    x = x[:, :, 2 - down:2 - down + h, 2 - right:2 - right + w]
+    x = (brightness * x).clamp(0, 1)
+    return (255 * x).round().to(torch.uint8)
 
 
 def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
@@ -323,7 +320,8 @@ def describe_training(meta: dict) -> str:
     """Put the form and the length of a training on CIFAR-10 into words."""
     if meta.get("max_steps") is None:
         return f"{meta['form']}, epoch {meta['epoch']} of {meta['epochs']}"
-    steps = min((meta["limit"] or 50000) // meta["batch_size"], meta["max_steps"])  # of an epoch
+    images = meta["limit"] or 50000
+    steps = min(images // meta["batch_size"], meta["max_steps"])  # of an epoch
     return f"{meta['form']}, step {meta['epoch'] * steps} of {meta['epochs'] * steps}"
 
 
@@ -371,11 +369,11 @@ def machine_table(generators: dict[str, dict]) -> str:
     for name, result in generators.items():
         if result["read_back"] is None:
             continue
-        text += f"| {name} "
         read = result["read_back"]
         mean = read["class_mean"]
+        text += f"| {name} "
         for key, digits in (("found", 1), ("median_rank", 1), ("ssim", 3), ("psnr", 1)):
-            text += f"| {number(read[key], digits)} / {number(mean[key], digits)} "
+            text += f"| {read[key]:.{digits}f} / {mean[key]:.{digits}f} "
         links = result["linked"]
         text += (f"| {links['another_view']:.1f} / {links['class_alone']:.1f} "
                  f"| {links['different_pictures']} |\n")
