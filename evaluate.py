@@ -8,6 +8,7 @@
 
 import argparse
 import glob
+import hashlib
 import io
 import itertools
 import json
@@ -19,14 +20,15 @@ from operator import itemgetter
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torchvision
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from classifiers import (CLASSIFIERS, UserError, accuracy, add_common_arguments, answers,
-                         build_classifier, check_classes, check_writable, find_classifier,
-                         fingerprint, hardware, load_cifar10, load_classifier, percent,
-                         positive_int, run, save, scoring_batches, to_float)
+from classifiers import (CLASSIFIERS, FOLDERS, UserError, accuracy, add_common_arguments, answers,
+                         build_classifier, check_data, check_writable, find_classifier,
+                         fingerprint, hardware, load_cifar10, load_classifier, network_fingerprint,
+                         percent, positive_int, run, save, scoring_batches, to_float)
 from ssim import ssim
 from train import (AUXILIARY_MODELS, FORMS, VISIBLE, describe_visibility, encode_png,
                    load_generator, protect, score, standardize, visibility)
@@ -212,7 +214,7 @@ def read_back(generator: nn.Module, data: dict, picture: str | None = None) -> d
     "class_mean" has the same four of the mean image of the right class. A linear map that gets no
     more than that has learnt the class alone. It does not follow that nothing else is there: a
     network may read what it cannot, or what is finer than the 32 x 32 pixels. `picture` names a
-    .png for ten images. Raises UserError if the training images lack a class of the test images.
+    .png for ten images. Raises what check_data raises for these images.
     """
     few = {}
     originals = {}
@@ -220,7 +222,7 @@ def read_back(generator: nn.Module, data: dict, picture: str | None = None) -> d
     for split, count in (("train", 12000), ("validation", 1000), ("test", 1000)):
         images, labels = data[split]
         few[split] = images[:count], labels[:count]
-    check_classes(few, ["test"])
+    check_data(few)
     for split, (images, _) in few.items():
         originals[split] = shrink(images)
         sent[split] = shrink(protect(generator, images))
@@ -255,20 +257,23 @@ def another_view(images: Tensor, mirrored: bool = True, down: int = 2, right: in
     return (255 * x).round().to(torch.uint8)
 
 
-def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
+def linked(generator: nn.Module, images: Tensor, labels: Tensor, flip: bool = True) -> dict:
     """Say how many images are found among protected ones by "another_view" of each, in percent.
 
     The first 100 of uint8 images (N, 3, H, W) are sought among all N protected ones. Somebody has
     the generator and that view of each, and tries 36 views of it, of which one undoes the changes
     but for border and clipping: mirrored or not, shifted by -2, 0 or 2 pixels in each direction, as
     bright or darker. He protects them all, and takes the protected image that correlates most with
-    any of them. "class_alone" is what he finds if he knows only the class, "different_pictures" how
-    many of the N protected images differ. Larger images are compared at 32 x 32.
+    any of them. Where the classes are no longer the same when mirrored, `flip` is False, as it was
+    in the training: then no view is mirrored, and 18 are tried. "class_alone" is what he finds if
+    he knows only the class, "different_pictures" how many of the N protected images differ. Larger
+    images are compared at 32 x 32.
     """
     protected = protect(generator, images)
     candidates = shrink(protected)
-    views = another_view(images[:100])
-    tries = itertools.product((False, True), (-2, 0, 2), (-2, 0, 2), (1, 1 / 1.1))
+    views = another_view(images[:100], mirrored=flip)
+    mirrorings = (False, True) if flip else (False,)
+    tries = itertools.product(mirrorings, (-2, 0, 2), (-2, 0, 2), (1, 1 / 1.1))
     similarities = []
     for mirrored, down, right, brightness in tries:
         attempt = protect(generator, another_view(views, mirrored, down, right, brightness))
@@ -280,6 +285,23 @@ def linked(generator: nn.Module, images: Tensor, labels: Tensor) -> dict:
 
 
 # --- The tables, as README.md and assets/results.md show them -------------------------------------
+def hardened_first(name: str) -> tuple[bool, str]:
+    return "-hardened" not in name, name
+
+
+def by_form(generators: dict[str, dict]) -> dict[str, list[dict]]:
+    """Sort entries of results.json by form, since no table or figure mixes forms.
+
+    Of two files with the same networks the last one counts.
+    """
+    forms = {}
+    for name in sorted(generators, key=hardened_first):
+        result = generators[name]
+        pairs = forms.setdefault(result["meta"]["form"], {})
+        pairs[result["target"], result["aux"]] = result
+    return {form: list(pairs.values()) for form, pairs in forms.items()}
+
+
 def summarise(entries: list[dict]) -> dict:
     """Sum up the generators of one form, entries of results.json, as Section 4.2.2 does.
 
@@ -318,11 +340,14 @@ def heading(title: str, columns: str) -> str:
 
 def describe_training(meta: dict) -> str:
     """Put the form and the length of a training on CIFAR-10 into words."""
-    if meta.get("max_steps") is None:
-        return f"{meta['form']}, epoch {meta['epoch']} of {meta['epochs']}"
-    images = meta["limit"] or 50000
-    steps = min(images // meta["batch_size"], meta["max_steps"])  # of an epoch
-    return f"{meta['form']}, step {meta['epoch'] * steps} of {meta['epochs'] * steps}"
+    text = f"{meta['form']}, epoch {meta['epoch']} of {meta['epochs']}"
+    if meta.get("max_steps") is not None:
+        images = meta["limit"] or 50000
+        steps = min(images // meta["batch_size"], meta["max_steps"])  # of an epoch
+        text = f"{meta['form']}, step {meta['epoch'] * steps} of {meta['epochs'] * steps}"
+    if "stopped_after" in meta:
+        text += f", stopped after epoch {meta['stopped_after']}"
+    return text
 
 
 def score_table(generators: dict[str, dict]) -> str:
@@ -488,13 +513,11 @@ def draw_examples(out: str, name: str, result: dict, images: Tensor, protected: 
         draw_sheet(f"{out}/{kind}-{name}.png", [(shown, []), (recognised, []), *rows])
 
 
-def draw_figure_9(path: str, entries: list[dict], originals: Tensor,
-                  protected: dict[tuple, Tensor]) -> None:
+def draw_figure_9(path: str, entries: list[dict], originals: Tensor) -> None:
     """Draw Figure 9: a few images without an auxiliary model, left, and with the best one, right.
 
-    The best of Table 1 has the lowest mean |SSIM|, as in the paper. `protected` holds, by target
-    and auxiliary model, what becomes of the `originals`. A target is left out unless it was trained
-    both ways.
+    The best of Table 1 has the lowest mean |SSIM|, as in the paper. A target is left out unless it
+    was trained both ways.
     """
     gap = ("", BLACK, WHITE)
     rows = []
@@ -510,7 +533,11 @@ def draw_figure_9(path: str, entries: list[dict], originals: Tensor,
                  f"|SSIM| {none['ssim']:.3f}. Right, {aux}: target {best['target_accuracy']:.1f}%, "
                  f"auxiliary {best['aux_accuracy']:.1f}%, |SSIM| {best['ssim']:.3f}")
         rows.append((title, []))
-        rows.append(("protected", [*protected[target, "none"], gap, *protected[target, aux]]))
+        generator, _ = load_generator(none["file"])
+        left = protect(generator.to(originals.device), originals)
+        generator, _ = load_generator(best["file"])
+        right = protect(generator.to(originals.device), originals)
+        rows.append(("protected", [*left, gap, *right]))
     if rows:
         draw_sheet(path, [("original", [*originals, gap, *originals]), *rows])
 
@@ -597,6 +624,28 @@ def time_networks(device: str) -> dict:
 
 
 # --- Images of your own ---------------------------------------------------------------------------
+TURNS = {  # by the orientation that a camera writes into the EXIF block
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF block says; if that cannot be read, leave it as it lies."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises nearly every kind
+        turn = None
+    if turn is None:
+        return image
+    return image.transpose(turn)
+
+
 def open_image(path: str, size: Sequence[int]) -> Tensor:
     """Read an image file, turn it upright, put it on white, and squeeze it to `size`, (H, W).
 
@@ -608,7 +657,7 @@ def open_image(path: str, size: Sequence[int]) -> Tensor:
         with Image.open(path) as image:
             image.draft("RGB", (4 * w, 4 * h))  # a large JPEG is decoded small
             image.load()
-            image = ImageOps.exif_transpose(image)
+            image = turn_upright(image)
     except Exception as error:  # Pillow raises nearly every kind
         raise UserError(f"{path} cannot be read as an image ({error})") from error
     if image.mode.startswith(("I", "F")):
@@ -617,6 +666,35 @@ def open_image(path: str, size: Sequence[int]) -> Tensor:
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def load_folder(folder: str, size: Sequence[int]) -> tuple[dict, list[str]]:
+    """Read a folder of images, FOLDER/CLASS/NAME: data like load_cifar10's, and the class names.
+
+    Images of any format and size are squeezed to `size`, (H, W). Labels follow the alphabetical
+    order of the classes. A tenth of the images, always the same ones, is "test", another tenth
+    "validation". A file that cannot be read is named, and left out.
+    """
+    files = torchvision.datasets.ImageFolder(folder, is_valid_file=os.path.lexists)  # any file
+    images = []
+    labels = []
+    for path, label in files.samples:
+        try:
+            images.append(open_image(path, size))
+        except UserError as error:  # the others are used
+            print(f"left out: {error}", flush=True)
+            continue
+        labels.append(label)
+    print(f"{folder}: {len(images)} images of {len(files.classes)} classes, "
+          f"files left out: {len(files) - len(images)}")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images = torch.stack(images)[order]
+    labels = torch.tensor(labels)[order]
+    tenth = len(images) // 10
+    data = {"train": (images[2 * tenth:], labels[2 * tenth:]),
+            "validation": (images[tenth:2 * tenth], labels[tenth:2 * tenth]),
+            "test": (images[:tenth], labels[:tenth])}
+    return data, files.classes
 
 
 VISIBLE_IN_ONE = 0.3  # in place of VISIBLE: one image varies by 0.1, the mean over many hardly
@@ -644,61 +722,98 @@ def describe_one(original: Tensor, protected: Tensor) -> str:
 
 
 @torch.no_grad()
-def protect_images(paths: list[str], generator: Generator, size: Sequence[int],
-                   target: nn.Module | None, out: str) -> None:
-    """Write OUT/NAME-protected.png for each image, and OUT/NAME-sheet.png to look at.
+def protect_image(path: str, out: str, generator: Generator, size: Sequence[int],
+                  target: nn.Module | None) -> None:
+    """Write OUT-protected.png for an image, and OUT-sheet.png to look at.
 
     size is the (H, W) that the generator was trained for. With a target of Table 1 the sheet says
-    what that sees. Raises UserError at the end if images could not be read.
+    what that sees. Raises UserError if the image cannot be read, OSError if it cannot be written.
     """
-    failed = 0
-    for name, path in name_files(paths).items():
-        try:
-            original = open_image(path, size)[None]
-        except UserError as error:  # the others are protected
-            print(f"error: {error}", flush=True)
-            failed += 1
-            continue
-        protected = protect(generator, original)
-        title = describe_one(original, protected)
-        if target is not None:
-            before = CLASSES[target(to_float(original)).argmax()]
-            after = CLASSES[target(to_float(protected)).argmax()]
-            title = f"the target sees {before}, protected {after}; {title}"
-        save(f"{out}/{name}-protected.png", encode_png(protected[0]))
-        rows = [(title, []), ("original", list(original)), ("protected", list(protected))]
-        draw_sheet(f"{out}/{name}-sheet.png", rows)
-        print(f"{name}: {title}  -> {out}/{name}-protected.png, {out}/{name}-sheet.png")
-    if failed:
-        raise UserError(f"{failed} of {len(paths)} images could not be read, see above")
+    original = open_image(path, size)[None]
+    protected = protect(generator, original)
+    title = describe_one(original, protected)
+    if target is not None:
+        before = CLASSES[target(to_float(original)).argmax()]
+        after = CLASSES[target(to_float(protected)).argmax()]
+        title = f"the target sees {before}, protected {after}; {title}"
+    save(f"{out}-protected.png", encode_png(protected[0]))
+    rows = [(title, []), ("original", list(original)), ("protected", list(protected))]
+    draw_sheet(f"{out}-sheet.png", rows)
+    print(f"{path}: {title}  -> {out}-protected.png, {out}-sheet.png")
 
 
 # --- The command ----------------------------------------------------------------------------------
-def name_files(paths: list[str]) -> dict[str, str]:
-    """Give each path a name for its results. A second file of the same name becomes NAME-2."""
-    files = {}
+def name_files(paths: Sequence[str], known: dict[str, str] | None = None) -> dict[str, str]:
+    """Give each path a name for its results, {path: name}; those in `known` have theirs.
+
+    A second file of the same name becomes NAME-2.
+    """
+    names = dict(known or {})
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0].removeprefix("generator-")
         name = stem
         count = 1
-        while name in files:
+        taken = [other.lower() for other in names.values()]  # some disks take IMG for img
+        while name.lower() in taken and path not in names:
             count += 1
             name = f"{stem}-{count}"
-        files[name] = path
-    return files
+        names.setdefault(path, name)
+    return names
 
 
 def find_generators() -> list[str]:
-    """List the generators on disk, hardened ones first; a file in runs/ hides one in weights/."""
+    """List the generators in FOLDERS, hardened ones first; the first folder hides the others."""
     paths = {}
-    for path in glob.glob("weights/generator-*.pt") + glob.glob("runs/generator-*.pt"):
-        paths[os.path.basename(path)] = path
+    for folder in reversed(FOLDERS):
+        for path in glob.glob(f"{glob.escape(folder)}/generator-*.pt"):
+            paths[os.path.basename(path)] = path
     if not paths:
         raise UserError("no generator in runs/ or weights/: run "
                         "python train.py --target vgg13_bn --aux resnet18")
-    hardened = [paths[name] for name in sorted(paths) if "-hardened" in name]
-    others = [paths[name] for name in sorted(paths) if "-hardened" not in name]
-    return hardened + others
+    return [paths[name] for name in sorted(paths, key=hardened_first)]
+
+
+def file_sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def read_results(path: str, images_sha256: str, networks: dict[str, str]) -> dict:
+    """Return "generators" and "timing" of an earlier results.json, as far as they are still true.
+
+    Scores are true if the images, the networks (fingerprints by name) and the generator's file are
+    what they were. The times of Table 3 stay: their title names the hardware.
+    """
+    results = {"generators": {}}
+    if not os.path.exists(path):
+        return results
+    with open(path) as file:
+        before = json.load(file)
+    if "timing" in before:
+        results["timing"] = before["timing"]
+    same = before.get("images_sha256") == images_sha256
+    for name, sha256 in before.get("networks", {}).items():
+        same = same and networks.get(name) == sha256
+    for name, result in before["generators"].items():
+        if same and os.path.exists(result["file"]):
+            if file_sha256(result["file"]) == result["file_sha256"]:
+                results["generators"][name] = result
+    return results
+
+
+def write_results(out: str, results: dict) -> str:
+    """Write OUT/results.json and OUT/tables.md, in an order that does not depend on earlier runs.
+
+    Returns the tables.
+    """
+    scored = results["generators"]
+    ordered = {name: scored[name] for name in sorted(scored, key=hardened_first)}
+    summary = {form: summarise(of_form) for form, of_form in by_form(ordered).items()}
+    results = results | {"generators": ordered, "summary": summary}
+    text = tables(results)
+    save(f"{out}/results.json", json.dumps(results, indent=1).encode())
+    save(f"{out}/tables.md", text.encode())
+    return text
 
 
 def main() -> None:
@@ -706,8 +821,9 @@ def main() -> None:
     parser.add_argument("--generator", nargs="+", metavar="FILE",
                         help="to score (default: all in runs/ and weights/; --image takes the "
                              "first, a hardened one)")
-    parser.add_argument("--out", default="runs/evaluation", metavar="FOLDER",
-                        help="for the results (default: %(default)s)")
+    parser.add_argument("--out", metavar="FOLDER",
+                        help="for the results (default: runs/evaluation, with --limit N "
+                             "runs/evaluation-N); what is there and still true stays")
     parser.add_argument("--limit", type=positive_int,
                         help="score on the first LIMIT test images (--attack takes 1,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3")
@@ -720,83 +836,94 @@ def main() -> None:
     if args.image and (args.timing or args.attack):
         parser.error("--image only protects images: run --timing and --attack without it")
     paths = args.generator or find_generators()
+    out = args.out or "runs/evaluation"
+    if args.limit and not args.out:
+        out += f"-{args.limit}"
     if args.image:
         generator, meta = load_generator(paths[0])
         target = None
         if meta.get("target") in CLASSIFIERS:
             target = load_classifier(meta["target"])
-        h, w = meta.get("image_size", (32, 32))  # files that ship lack it
-        print(f"{paths[0]}: images are squeezed to {h} x {w}")
-        protect_images(args.image, generator, (h, w), target, args.out)
+        size = meta.get("image_size", (32, 32))  # files that ship lack it
+        print(f"{paths[0]}: images are squeezed to {size[0]} x {size[1]}")
+        failed = 0
+        for path, name in name_files(args.image).items():
+            try:
+                protect_image(path, f"{out}/{name}", generator, size, target)
+            except (UserError, OSError) as error:  # the others are protected
+                print(f"error: {error}", flush=True)
+                failed += 1
+        if failed:
+            raise UserError(f"{failed} of {len(args.image)} images failed, see above")
         return
 
-    loaded = {}
     needed = set()
-    for name, path in name_files(paths).items():  # checked before the work
-        generator, meta = load_generator(path)
+    for path in paths:  # checked before the work
+        _, meta = load_generator(path)
         if meta.get("target") not in CLASSIFIERS:
             raise UserError(f"{path} is for no classifier of Table 1: only --image and "
                             "export_mobile.py take it")
-        loaded[name] = path, generator, meta
         needed.update([meta["target"], meta["aux"]])
         if FORMS[meta["form"]]["start"] == "encoder":
             needed.add("encoder")
-    check_writable(f"{args.out}/results.json")
+    check_writable(f"{out}/results.json")
     data = load_cifar10(args.data, args.device)
     images = data["test"][0][:args.limit]
     labels = data["test"][1][:args.limit]
     classifiers = {}
+    networks = {}  # their fingerprints
     seen = {}  # answers to the original images, of the networks that a generator needs
     for name in (*CLASSIFIERS, "encoder"):
         if name in needed or find_classifier(name):
             classifiers[name] = load_classifier(name, args.device)
+            networks[name] = network_fingerprint(classifiers[name])
         if name in needed:
             seen[name] = answers(classifiers[name], images)
             share = percent(seen[name] == labels)
             print(f"{name}: {share:.2f}% of {len(images):,} original images", flush=True)
-    results = {"images": len(images), "hardware": hardware(args.device),
-               "torch": torch.__version__, "generators": {}, "summary": {}}
+    images_sha256 = fingerprint(images, labels)
+    results = read_results(f"{out}/results.json", images_sha256, networks)
+    results |= {"images": len(images), "images_sha256": images_sha256, "networks": networks,
+                "hardware": hardware(args.device), "torch": torch.__version__}
+    scored = results["generators"]
+    names = name_files(paths, {result["file"]: name for name, result in scored.items()})
     if args.timing:
         results["timing"] = time_networks(args.device)
-    entries = {form: {} for form in FORMS}  # no table or figure mixes forms
-    few = first_of_class(labels)[::2]  # every second class is enough for Figure 9
-    few_protected = {form: {} for form in FORMS}
-    for name, (path, generator, meta) in loaded.items():
-        generator.to(args.device, memory_format=torch.channels_last)
-        target, aux, form = meta["target"], meta["aux"], meta["form"]
-        print(f"\n{name} ({len(results['generators']) + 1} of {len(loaded)})", flush=True)
+        write_results(out, results)
+    for i, path in enumerate(paths):
+        name = names[path]
+        print(f"\n{name} ({i + 1} of {len(paths)})", flush=True)
+        generator, meta = load_generator(path)
+        generator.to(args.device)
         result, protected = evaluate_generator(generator, meta, classifiers, seen, images, labels)
-        result["file"] = path
-        result["meta"] = meta
-        results["generators"][name] = result
-        entries[form][target, aux] = result
-        few_protected[form][target, aux] = protected[few]
-        results["summary"][form] = summarise(list(entries[form].values()))
-        draw_examples(args.out, name, result, images, protected, labels, classifiers)
+        result |= {"file": path, "file_sha256": file_sha256(path), "meta": meta}
+        draw_examples(out, name, result, images, protected, labels, classifiers)
         print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
               f"auxiliary {number(result['aux_accuracy'])}%; |SSIM| {result['ssim']:.4f}, "
               f"at most {result['ssim_largest']:.3f}; {describe_visibility(result['visibility'])}",
               flush=True)
-        for role, network in (("target", target), ("aux", aux), ("encoder", "encoder")):
+        for role, network in (("target", meta["target"]), ("aux", meta["aux"]),
+                              ("encoder", "encoder")):
             trained_with = meta[f"{role}_sha256"]
-            if trained_with == "none":
-                continue
-            if trained_with != fingerprint(*classifiers[network].state_dict().values()):
+            if trained_with != "none" and trained_with != networks[network]:
                 print(f"  note: it was trained with another {network}")
         if args.attack:
-            result["read_back"] = read_back(generator, data, f"{args.out}/read-back-{name}.png")
-            result["linked"] = linked(generator, data["test"][0][:1000], data["test"][1][:1000])
+            result["read_back"] = read_back(generator, data, f"{out}/read-back-{name}.png")
+            result["linked"] = linked(generator, data["test"][0][:1000], data["test"][1][:1000],
+                                      meta.get("flip", True))
             print(f"  read back: {describe_recovered(result['read_back'])}; "
                   f"linked {result['linked']['another_view']:.1f}%", flush=True)
-        save(f"{args.out}/results.json", json.dumps(results, indent=1).encode())
-        text = tables(results)
-        save(f"{args.out}/tables.md", text.encode())
+        elif name in scored:  # what an earlier run has read back
+            result["read_back"] = scored[name]["read_back"]
+            result["linked"] = scored[name]["linked"]
+        scored[name] = result
+        text = write_results(out, results)
     print(f"\n{text}")
-    for form in results["summary"]:
-        scored = list(entries[form].values())
-        draw_heatmaps(f"{args.out}/heatmaps-{form}.png", scored)
-        draw_figure_9(f"{args.out}/figure-9-{form}.png", scored, images[few], few_protected[form])
-    print(f"-> {args.out}/")
+    few = first_of_class(labels)[::2]  # every second class is enough for Figure 9
+    for form, of_form in by_form(scored).items():
+        draw_heatmaps(f"{out}/heatmaps-{form}.png", of_form)
+        draw_figure_9(f"{out}/figure-9-{form}.png", of_form, images[few])
+    print(f"-> {out}/")
 
 
 if __name__ == "__main__":

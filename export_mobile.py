@@ -258,13 +258,14 @@ def main() -> None:
             server = RecognitionServer(target, args.host, args.port)
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot serve on {args.host}:{args.port} ({error})") from error
-        print(f"serving {meta['target']} on {args.host}:{args.port} (Ctrl-C ends it)", flush=True)
+        host, port = server.server_address
+        print(f"serving {meta['target']} on {host}:{port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
     address = None
     if args.connect:
         host, port = args.connect
         address = (host, int(port))
-    out = args.out or f"runs/{os.path.basename(path).removesuffix('.pt')}.ptl"
+    out = args.out or f"runs/{os.path.splitext(os.path.basename(path))[0]}.ptl"
     check_writable(out)
     if target is None:
         images = random_images(*meta["image_size"])

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from torchvision.utils import make_grid
 
 from classifiers import (CLASSIFIERS, Classifier, UserError, accuracy, add_common_arguments,
-                         autocast, check_classes, check_data, choose_precision, fingerprint,
+                         autocast, check_classifier, check_data, choose_precision, fingerprint,
                          hardware, learning_rate, load, load_checkpoint, load_cifar10,
-                         load_classifier, load_finished, load_weights, positive_int,
+                         load_classifier, load_finished, load_weights, network_fingerprint,
+                         positive_int,
                          print_progress, random_crop_flip, run, save, scoring_batches, to_16_bits,
                          to_float)
 from ssim import ssim
@@ -125,7 +126,7 @@ def class_codes(encoder: Classifier, images: Tensor, labels: Tensor) -> Tensor:
 # --- Algorithm 1 ----------------------------------------------------------------------------------
 def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, images: Tensor,
                 labels: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                rates: list[float], batch_size: int, lossy: bool, loss_settings: dict,
+                rates: list[float], batch_size: int, flip: bool, lossy: bool, loss_settings: dict,
                 precision: str) -> Iterator[Tensor]:
     """Run the inner loop of Algorithm 1: one step for each learning rate.
 
@@ -134,13 +135,15 @@ def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, 
     """
     order = torch.randperm(len(images), device=images.device)
     for batch, rate in zip(order.split(batch_size), rates):  # foreach x, y in X, Y
-        x = to_float(random_crop_flip(images[batch]))
+        x = to_float(random_crop_flip(images[batch], flip))
+        x = x.contiguous(memory_format=torch.channels_last)  # faster
         y = labels[batch]
         with autocast(images.device.type, precision):
             protected = generator(x)  # delta = U(x), x' = clamp(x + delta), hardened without x
             received = protected
             if lossy:
                 received = lossy_channel(protected)  # ours: what arrives of x'
+            received = received.contiguous()  # the view() of many a service needs it
             target_logits = target(received)  # y_pred_target = F_target(x')
             aux_logits = None
             if aux is not None:
@@ -297,33 +300,6 @@ def freeze(classifier: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def check_classifier(classifier: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Raise ValueError, before the first step, if no generator can be trained for a classifier.
-
-    It must return logits, one for each class, leave its input unchanged, and pass gradients back to
-    it. Freeze it first: then only the image gets a gradient.
-    """
-    x = to_float(images[:2]).requires_grad_()
-    given = x.clone()  # like a protected image: not a leaf of the graph
-    logits = classifier(given)
-    if not torch.equal(given, x):
-        raise ValueError("the classifier changes its input in place: let it work on a copy")
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError("a classifier must return logits (N, classes), nothing else")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(f"labels must be 0 to {logits.shape[1] - 1}: these are all the logits")
-    sums = logits.sum(1)
-    if logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
-        raise ValueError("the classifier returns probabilities: it must return the logits, from "
-                         "which softmax makes them")
-    gradient = torch.zeros_like(x)
-    if logits.requires_grad:
-        gradient = torch.autograd.grad(logits.square().sum(), x)[0]
-    if not gradient.any():
-        raise ValueError("the classifier passes no gradient back to the image: no_grad, detach, "
-                         "numpy and rounding stop it")
-
-
 def draw_protected(path: str, images: Tensor, protected: Tensor) -> None:
     """Write a PNG with uint8 images (N, 3, H, W) above their protected versions, enlarged."""
     shown = torch.cat([images, protected])
@@ -351,7 +327,7 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
                     form: str = "pretrained", encoder: Classifier | None = None,
                     epochs: int | None = None, batch_size: int | None = None, lr: float = 0.005,
                     weight_decay: float = 0.0005, w_target: float = 1.0,
-                    w_aux: float | None = None, w_ssim: float | None = None,
+                    w_aux: float | None = None, w_ssim: float | None = None, flip: bool = True,
                     precision: str | None = None, device: str | torch.device = "cpu",
                     seed: int = 0, meta: dict | None = None) -> Generator:
     """Train a generator by Algorithm 1, for any classifiers and images, and write it to path.pt.
@@ -365,7 +341,8 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
     aux must be named there. All classifiers get frozen, and the encoder.
 
     By default epochs, batch_size, w_aux and w_ssim are those of the form in FORMS, whose max_steps
-    may cap an epoch; the other settings are those of Section 4.1.3. Precision is "fp16", "bf16" or
+    may cap an epoch; the other settings are those of Section 4.1.3. `flip` mirrors training images
+    at random, as the paper does: not for classes that are mirror images of others. Precision is "fp16", "bf16" or
     "fp32": by default fp16 on a GPU, and on a CPU the faster of the other two.
 
     Returns the best epoch by validation loss (Figure 4), with kernels rounded to 16 bits. path.pt
@@ -376,7 +353,7 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
 
     Raises UserError if path.pt or its checkpoint has other settings, networks or images, if it
     cannot be written, or if the loss is not finite; ValueError if form, encoder and aux do not
-    belong together; and what check_data, check_classifier and, if hardened, check_classes raise.
+    belong together; and what check_data and check_classifier raise.
     """
     device = str(device)
     row = FORMS[form]
@@ -396,9 +373,7 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
         epochs = row["epochs"]
     if batch_size is None:
         batch_size = row["batch_size"]
-    check_data(data, ["train", "validation"], epochs)
-    if row["painted_from"] == "class":
-        check_classes(data, ["validation"])
+    check_data(data)
     batch_size = min(batch_size, len(images))
     if w_aux is None:
         w_aux = row["w_aux"]
@@ -409,20 +384,20 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
     for classifier in (target, aux):
         if classifier is not None:
             freeze(classifier)
-            check_classifier(classifier, images, labels)
+            check_classifier(classifier, data)
     if encoder is not None:
         freeze(encoder)
     settings = {"form": form} | row | loss_settings  # the file names all that a training depends on
     settings |= {"epochs": epochs, "batch_size": batch_size, "lr": lr,
-                 "weight_decay": weight_decay, "precision": precision, "seed": seed,
-                 "target_sha256": fingerprint(*target.state_dict().values()),
+                 "weight_decay": weight_decay, "flip": flip, "precision": precision, "seed": seed,
+                 "target_sha256": network_fingerprint(target),
                  "aux_sha256": "none", "encoder_sha256": "none",
                  "images_sha256": fingerprint(images), "labels_sha256": fingerprint(labels),
                  "validation_sha256": fingerprint(validation_images, validation_labels)}
     if aux is not None:
-        settings["aux_sha256"] = fingerprint(*aux.state_dict().values())
+        settings["aux_sha256"] = network_fingerprint(aux)
     if encoder is not None:
-        settings["encoder_sha256"] = fingerprint(*encoder.state_dict().values())
+        settings["encoder_sha256"] = network_fingerprint(encoder)
     if load_finished(path, settings) is not None:
         generator, _ = load_generator(f"{path}.pt")
         return generator.to(device)
@@ -471,7 +446,7 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
         rates = [learning_rate(first_step + i, steps, lr) for i in range(steps_per_epoch)]
         losses = []
         for loss in train_epoch(generator, target, aux, images, labels, optimizer, scaler, rates,
-                                batch_size, row["lossy_channel"], loss_settings, precision):
+                                batch_size, flip, row["lossy_channel"], loss_settings, precision):
             losses.append(loss)
             if len(losses) % 50 == 0:
                 print_progress(path, epoch, epochs, start, len(losses), steps_per_epoch, batch_size)
@@ -515,9 +490,9 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
               f"|SSIM| {scores['ssim']:.4f}, {describe_visibility(scores['visibility'])}",
               flush=True)
 
+    visible = describe_visibility(best["meta"]["validation"]["visibility"])
     save(f"{path}.pt", best)
     os.remove(f"{path}.checkpoint")
-    visible = describe_visibility(best["meta"]["validation"]["visibility"])
     print(f"{path}.pt is epoch {best['meta']['epoch']}, the best: {visible}. "
           f"Look at {path}.png: if you can tell what is on it, the training has failed")
     generator, _ = load_generator(f"{path}.pt")
@@ -528,9 +503,13 @@ def load_generator(path: str) -> tuple[Generator, dict]:
     """Load a file of train_generator: the generator, in eval mode on the CPU, and its meta.
 
     meta holds the settings, the scores and "image_size", the (H, W) that it was trained for; older
-    files lack the last. Raises UserError if the file is something else.
+    files lack the last. The .checkpoint of a stopped training gives its best epoch so far, and meta
+    has "stopped_after", the last epoch. Raises UserError if the file is something else.
     """
     content = load(path)
+    if "best" in content:
+        content["best"]["meta"]["stopped_after"] = len(content["log"])
+        content = content["best"]
     meta = content.get("meta", {})
     weights = content.get("generator", {})
     codes = weights.get("unet.codes")
@@ -538,6 +517,7 @@ def load_generator(path: str) -> tuple[Generator, dict]:
         raise UserError(f"{path} holds no generator of this version: train one with train.py")
     generator = Generator(codes).float()  # the codes are stored in 16 bits
     load_weights(generator, weights, path)
+    generator.to(memory_format=torch.channels_last)  # faster
     return generator.eval(), meta
 
 
