@@ -293,10 +293,10 @@ def check_data(data: dict) -> None:
             raise ValueError(f"{split} images and labels must be tensors, not "
                              f"{type(images).__name__} and {type(labels).__name__}: "
                              "torch.from_numpy makes a tensor of an array")
-        small = images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 16
-        if images.dtype != torch.uint8 or small:
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < 16 or images.dtype != torch.uint8:
             raise ValueError(f"{split} images must be torch.uint8 (N, 3, H, W) with H and W >= 16, "
-                             f"not {images.dtype} {tuple(images.shape)}")
+                             f"not {images.dtype} {shape}")
         if labels.dtype != torch.int64 or labels.shape != (len(images),):
             raise ValueError(f"{split} labels must be torch.int64 ({len(images)},), "
                              f"not {labels.dtype} {tuple(labels.shape)}")
@@ -352,7 +352,8 @@ def check_classifier(classifier: nn.Module, data: dict) -> None:
         seen = [value for value in classifier.state_dict().values() if isinstance(value, Tensor)]
         if not seen or alone.requires_grad:
             raise ValueError("the classifier has weights that PyTorch does not see: make its "
-                             "networks child modules, in an nn.ModuleList if they are several")
+                             "networks child modules (nn.ModuleList holds several), and take it "
+                             "as it was before torch.jit.freeze")
         sums = logits.sum(1)
         equal_sums = torch.allclose(sums, sums.mean(), rtol=1e-3)
         if logits.min() >= 0 and (logits.max() <= 1 or equal_sums):
@@ -647,7 +648,7 @@ def fingerprint(*tensors: Tensor) -> str:
 
 
 def network_fingerprint(network: nn.Module) -> str:
-    """Return the fingerprint of a network's weights; an extra state that is no tensor is left out."""
+    """Return the fingerprint of a network's weights, without an extra state that is no tensor."""
     state = network.state_dict().values()
     return fingerprint(*(value for value in state if isinstance(value, Tensor)))
 

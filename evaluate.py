@@ -21,7 +21,7 @@ from operator import itemgetter
 import numpy as np
 import torch
 import torchvision
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -624,26 +624,14 @@ def time_networks(device: str) -> dict:
 
 
 # --- Images of your own ---------------------------------------------------------------------------
-TURNS = {  # by the orientation that a camera writes into the EXIF block
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
 def turn_upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF block says; if that cannot be read, leave it as it lies."""
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        image.getexif()  # Pillow keeps what it has read
+        image.info.pop("exif", None)  # exif_transpose would write it anew: a damaged tag stops it
+        return ImageOps.exif_transpose(image)
     except Exception:  # Pillow raises nearly every kind
-        turn = None
-    if turn is None:
         return image
-    return image.transpose(turn)
 
 
 def open_image(path: str, size: Sequence[int]) -> Tensor:
@@ -742,6 +730,28 @@ def protect_image(path: str, out: str, generator: Generator, size: Sequence[int]
     print(f"{path}: {title}  -> {out}-protected.png, {out}-sheet.png")
 
 
+def protect_images(paths: list[str], generator_path: str, out: str) -> None:
+    """Protect each image with one generator, into the folder `out`.
+
+    Raises UserError at the end if images could not be read or written.
+    """
+    generator, meta = load_generator(generator_path)
+    target = None
+    if meta.get("target") in CLASSIFIERS:
+        target = load_classifier(meta["target"])
+    h, w = meta.get("image_size", (32, 32))  # files that ship lack it
+    print(f"{generator_path}: images are squeezed to {h} x {w}")
+    failed = 0
+    for path, name in name_files(paths).items():
+        try:
+            protect_image(path, f"{out}/{name}", generator, (h, w), target)
+        except (UserError, OSError) as error:  # the others are protected
+            print(f"error: {error}", flush=True)
+            failed += 1
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} images failed, see above")
+
+
 # --- The command ----------------------------------------------------------------------------------
 def name_files(paths: Sequence[str], known: dict[str, str] | None = None) -> dict[str, str]:
     """Give each path a name for its results, {path: name}; those in `known` have theirs.
@@ -750,14 +760,16 @@ def name_files(paths: Sequence[str], known: dict[str, str] | None = None) -> dic
     """
     names = dict(known or {})
     for path in paths:
+        if path in names:
+            continue
         stem = os.path.splitext(os.path.basename(path))[0].removeprefix("generator-")
         name = stem
         count = 1
         taken = [other.lower() for other in names.values()]  # some disks take IMG for img
-        while name.lower() in taken and path not in names:
+        while name.lower() in taken:
             count += 1
             name = f"{stem}-{count}"
-        names.setdefault(path, name)
+        names[path] = name
     return names
 
 
@@ -794,10 +806,15 @@ def read_results(path: str, images_sha256: str, networks: dict[str, str]) -> dic
     same = before.get("images_sha256") == images_sha256
     for name, sha256 in before.get("networks", {}).items():
         same = same and networks.get(name) == sha256
+    gone = 0
     for name, result in before["generators"].items():
-        if same and os.path.exists(result["file"]):
-            if file_sha256(result["file"]) == result["file_sha256"]:
-                results["generators"][name] = result
+        file = result["file"]
+        if same and os.path.exists(file) and file_sha256(file) == result["file_sha256"]:
+            results["generators"][name] = result
+        else:
+            gone += 1
+    if gone:
+        print(f"{path}: {gone} results go, since images, classifiers or generators changed")
     return results
 
 
@@ -816,14 +833,14 @@ def write_results(out: str, results: dict) -> str:
     return text
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score generators: the paper's tables, figures.")
     parser.add_argument("--generator", nargs="+", metavar="FILE",
-                        help="to score (default: all in runs/ and weights/; --image takes the "
-                             "first, a hardened one)")
+                        help="to score, also the .checkpoint of a stopped training (default: all "
+                             "in runs/ and weights/; --image takes the first, a hardened one)")
     parser.add_argument("--out", metavar="FOLDER",
                         help="for the results (default: runs/evaluation, with --limit N "
-                             "runs/evaluation-N); what is there and still true stays")
+                             "runs/evaluation-N); what an earlier run left and is true stays")
     parser.add_argument("--limit", type=positive_int,
                         help="score on the first LIMIT test images (--attack takes 1,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3")
@@ -835,26 +852,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.image and (args.timing or args.attack):
         parser.error("--image only protects images: run --timing and --attack without it")
+    if args.out is None:
+        args.out = "runs/evaluation"
+        if args.limit is not None:
+            args.out += f"-{args.limit}"
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    out = args.out
     paths = args.generator or find_generators()
-    out = args.out or "runs/evaluation"
-    if args.limit and not args.out:
-        out += f"-{args.limit}"
     if args.image:
-        generator, meta = load_generator(paths[0])
-        target = None
-        if meta.get("target") in CLASSIFIERS:
-            target = load_classifier(meta["target"])
-        size = meta.get("image_size", (32, 32))  # files that ship lack it
-        print(f"{paths[0]}: images are squeezed to {size[0]} x {size[1]}")
-        failed = 0
-        for path, name in name_files(args.image).items():
-            try:
-                protect_image(path, f"{out}/{name}", generator, size, target)
-            except (UserError, OSError) as error:  # the others are protected
-                print(f"error: {error}", flush=True)
-                failed += 1
-        if failed:
-            raise UserError(f"{failed} of {len(args.image)} images failed, see above")
+        protect_images(args.image, paths[0], out)
         return
 
     needed = set()

@@ -1528,7 +1528,8 @@ def test_a_stopped_training_is_scored_and_exported_by_its_best_epoch(folder, mon
     assert ", stopped after epoch 1 |" in Path("out/tables.md").read_text()
     assert call(export_mobile, "--generator", stopped) == 0
     best = torch.load(stopped)["best"]["generator"]
-    assert torch.equal(load_generator(stopped)[0].unet.exit.weight, best["unet.exit.weight"].float())
+    generator, _ = load_generator(stopped)
+    assert torch.equal(generator.unet.exit.weight, best["unet.exit.weight"].float())
     assert os.path.exists(f"runs/{NAME}.ptl")
 
 

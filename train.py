@@ -26,9 +26,8 @@ from classifiers import (CLASSIFIERS, Classifier, UserError, accuracy, add_commo
                          autocast, check_classifier, check_data, choose_precision, fingerprint,
                          hardware, learning_rate, load, load_checkpoint, load_cifar10,
                          load_classifier, load_finished, load_weights, network_fingerprint,
-                         positive_int,
-                         print_progress, random_crop_flip, run, save, scoring_batches, to_16_bits,
-                         to_float)
+                         positive_int, print_progress, random_crop_flip, run, save,
+                         scoring_batches, to_16_bits, to_float)
 from ssim import ssim
 from unet import Generator
 
@@ -342,8 +341,9 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
 
     By default epochs, batch_size, w_aux and w_ssim are those of the form in FORMS, whose max_steps
     may cap an epoch; the other settings are those of Section 4.1.3. `flip` mirrors training images
-    at random, as the paper does: not for classes that are mirror images of others. Precision is "fp16", "bf16" or
-    "fp32": by default fp16 on a GPU, and on a CPU the faster of the other two.
+    at random, as the paper does: set it to False if a class is the mirror image of another.
+    Precision is "fp16", "bf16" or "fp32": by default fp16 on a GPU, and on a CPU the faster of the
+    other two.
 
     Returns the best epoch by validation loss (Figure 4), with kernels rounded to 16 bits. path.pt
     holds the settings, the scores before rounding, the image size and `meta` too. path.jsonl is the
