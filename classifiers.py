@@ -7,7 +7,8 @@ looks). "encoder", the U-Net's contracting path, is trained in the same way. In 
 
     the networks      Classifier, build_classifier, load_classifier
     CIFAR-10          load_cifar10, to_float, random_crop_flip, scoring_batches
-    the training      check_data, check_classifier, accuracy (Eq. 5), Muon, train_classifier
+    the training      learning_rate, answers, accuracy (Eq. 5), Muon, train_classifier
+    before it         check_data, check_classifier
     for every script  files, settings that must agree, precision, progress
     the command       main
 """
@@ -248,7 +249,7 @@ def load_cifar10(folder: str = "data", device: str = "cpu") -> dict[str, tuple[T
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Turn uint8 images (N, 3, H, W) into float32 in [0, 1], contiguous.
+    """Turn uint8 images (N, 3, H, W) into float32 in [0, 1], contiguous, as most networks expect.
 
     Raises ValueError on any other type, because float images would become black.
     """
@@ -282,96 +283,6 @@ def scoring_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 # --- Training a classifier ------------------------------------------------------------------------
-def check_data(data: dict) -> None:
-    """Raise, before the first step, if a data set is not like load_cifar10's.
-
-    ValueError: images or labels have another type or shape. UserError: a split has no images, or a
-    class that the training images lack.
-    """
-    for split, (images, labels) in data.items():
-        if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
-            raise ValueError(f"{split} images and labels must be tensors, not "
-                             f"{type(images).__name__} and {type(labels).__name__}: "
-                             "torch.from_numpy makes a tensor of an array")
-        shape = tuple(images.shape)
-        if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < 16 or images.dtype != torch.uint8:
-            raise ValueError(f"{split} images must be torch.uint8 (N, 3, H, W) with H and W >= 16, "
-                             f"not {images.dtype} {shape}")
-        if labels.dtype != torch.int64 or labels.shape != (len(images),):
-            raise ValueError(f"{split} labels must be torch.int64 ({len(images)},), "
-                             f"not {labels.dtype} {tuple(labels.shape)}")
-        if len(images) == 0:
-            raise UserError(f"there are no {split} images")
-        if labels.min() < 0:
-            raise ValueError(f"{split} has label {labels.min()}: labels count from 0")
-        untrained = labels[~torch.isin(labels, data["train"][1])]
-        if len(untrained) > 0:
-            raise UserError(f"class {untrained[0]} has {split} images, but none to train with: "
-                            "give it more images")
-
-
-def check_classifier(classifier: nn.Module, data: dict) -> None:
-    """Raise ValueError, before the first step, if no training can use a classifier with `data`.
-
-    It must return logits (N, classes), for all the labels: finite ones, also for a black picture,
-    and the same for an image alone as in a batch. It must leave its input unchanged, and pass
-    finite gradients back to it. A frozen classifier (see freeze) is taken for a trained one: it
-    must not return probabilities, and PyTorch must see all of its weights, or they could change
-    without notice. `data` has passed check_data.
-    """
-    images = data["train"][0][:5]
-    black = torch.zeros_like(images[:1])
-    kinds = len(images) * ["training"] + ["black", "grey", "white"]
-    x = to_float(torch.cat([images, black, black + 128, black + 255])).requires_grad_()
-    given = x.clone()  # like a protected image: not a leaf of the graph
-    logits = classifier(given)
-    if not torch.equal(given, x):
-        raise ValueError("the classifier changes its input in place: let it work on a copy")
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
-        raise ValueError("a classifier must return logits (N, classes), nothing else")
-    classes = logits.shape[1]
-    for split, (_, labels) in data.items():
-        if labels.max() >= classes:
-            raise ValueError(f"{split} has label {labels.max()}, but the classifier returns "
-                             f"{classes} logits: labels must be 0 to {classes - 1}")
-    for kind, finite in zip(kinds, logits.isfinite().all(1)):
-        if not finite:
-            raise ValueError(f"the classifier's logits for a {kind} image are not finite: "
-                             "does it divide by zero?")
-
-    alone = [classifier(image[None]) for image in x.detach()]
-    if alone[0].shape != (1, classes):
-        raise ValueError("the classifier must return (1, classes) for one image, not "
-                         f"{tuple(alone[0].shape)}: squeeze() takes a dimension")
-    alone = torch.cat(alone)
-    if not torch.allclose(alone, logits, rtol=0, atol=0.05 * logits.abs().max().item()):
-        raise ValueError("the classifier answers differently when called again, or to an image "
-                         "alone: put all of it into eval mode, also what is no child module of it")
-    frozen = not any(parameter.requires_grad for parameter in classifier.parameters())
-    if frozen:
-        seen = [value for value in classifier.state_dict().values() if isinstance(value, Tensor)]
-        if not seen or alone.requires_grad:
-            raise ValueError("the classifier has weights that PyTorch does not see: make its "
-                             "networks child modules (nn.ModuleList holds several), and take it "
-                             "as it was before torch.jit.freeze")
-        sums = logits.sum(1)
-        equal_sums = torch.allclose(sums, sums.mean(), rtol=1e-3)
-        if logits.min() >= 0 and (logits.max() <= 1 or equal_sums):
-            raise ValueError("the classifier returns probabilities: it must return the logits, "
-                             "from which softmax or sigmoid makes them")
-
-    gradient = torch.zeros_like(x)
-    if logits.requires_grad:
-        [gradient] = torch.autograd.grad(logits.square().sum(), x, materialize_grads=True)
-    if not gradient.any():
-        raise ValueError("the classifier passes no gradient back to the image: no_grad, detach, "
-                         "numpy and rounding stop it")
-    for kind, finite in zip(kinds, gradient.isfinite().flatten(1).all(1)):
-        if not finite:
-            raise ValueError(f"the classifier's gradient for a {kind} image is not finite: "
-                             "does it take the root of zero?")
-
-
 def learning_rate(step: int, steps: int, max_lr: float) -> float:
     """Return the learning rate of step 0 to `steps` - 1, as in the authors' code.
 
@@ -486,7 +397,7 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     """Train a classifier with plain cross-entropy, write it to path.pt, and return it in eval mode.
 
     `data` is like load_cifar10's, on `device`, with any number of classes and images of any size
-    that the model takes; "test" may be missing. `flip` mirrors training images at random. The last
+    from 16 x 16 up; "test" may be missing. `flip` mirrors training images at random. The last
     weights are kept, so only "train" decides anything. Precision is "bf16" or "fp32", by default
     the faster one. After a stop, the same call goes on from the last finished epoch; if path.pt is
     finished, it is read. Raises UserError if path.pt or its checkpoint has other settings or data,
@@ -569,6 +480,95 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     save(f"{path}.pt", {"classifier": weights, "meta": meta})
     os.remove(f"{path}.checkpoint")
     return model
+
+
+# --- Before the first step of a training ----------------------------------------------------------
+def check_data(data: dict, all_classes: bool = True) -> None:
+    """Raise if a data set is not like load_cifar10's, so that a training would go wrong.
+
+    ValueError: images or labels have another type or shape. UserError: a split has no images or, if
+    all_classes, a class that the training images lack.
+    """
+    for split, (images, labels) in data.items():
+        if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+            raise ValueError(f"{split} images and labels must be tensors, not "
+                             f"{type(images).__name__} and {type(labels).__name__}: "
+                             "torch.from_numpy makes a tensor of an array")
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < 16 or images.dtype != torch.uint8:
+            raise ValueError(f"{split} images must be torch.uint8 (N, 3, H, W) with H and W >= 16, "
+                             f"not {images.dtype} {shape}")
+        if labels.dtype != torch.int64 or labels.shape != (len(images),):
+            raise ValueError(f"{split} labels must be torch.int64 ({len(images)},), "
+                             f"not {labels.dtype} {tuple(labels.shape)}")
+        if len(images) == 0:
+            raise UserError(f"{split} has no images")
+        if labels.min() < 0:
+            raise ValueError(f"{split} has label {labels.min()}: labels count from 0")
+        untrained = labels[~torch.isin(labels, data["train"][1])]
+        if all_classes and len(untrained) > 0:
+            raise UserError(f"{split} has images of class {untrained[0]}, but there are none to "
+                            "train with: give it more images")
+
+
+def check_classifier(classifier: nn.Module, data: dict) -> None:
+    """Raise ValueError if a classifier cannot be used with `data`, which has passed check_data.
+
+    It must return logits (N, classes), enough for all labels, finite ones also for a black, grey or
+    white picture, and the same for an image alone as in a batch; and it must leave its input
+    unchanged. If it is frozen (see freeze), it is a service: it must not return probabilities, must
+    pass finite gradients back to the image, and must keep its weights where freeze() reaches them.
+    """
+    images = data["train"][0][:5]
+    black = torch.zeros_like(images[:1])
+    kinds = len(images) * ["training"] + ["black", "grey", "white"]
+    x = to_float(torch.cat([images, black, black + 128, black + 255])).requires_grad_()
+    given = x.clone()  # like a protected image: not a leaf of the graph
+    logits = classifier(given)
+    if not torch.equal(given, x):
+        raise ValueError("the classifier changes its input in place: let it work on a copy")
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+        raise ValueError("a classifier must return logits (N, classes), nothing else")
+    classes = logits.shape[1]
+    for split, (_, labels) in data.items():
+        if labels.max() >= classes:
+            raise ValueError(f"{split} has label {labels.max()}, but the classifier returns "
+                             f"{classes} logits: labels must be 0 to {classes - 1}")
+    for kind, finite in zip(kinds, logits.isfinite().all(1)):
+        if not finite:
+            raise ValueError(f"the classifier's logits for a {kind} image are not finite: "
+                             "does it divide by zero?")
+    alone = [classifier(image[None]) for image in x.detach()]
+    if alone[0].shape != (1, classes):
+        raise ValueError("the classifier must return (1, classes) for one image, not "
+                         f"{tuple(alone[0].shape)}: squeeze() takes a dimension")
+    alone = torch.cat(alone)
+    if not torch.allclose(alone, logits, rtol=0, atol=0.05 * logits.abs().max().item()):
+        raise ValueError("the classifier answers differently when called again, or to an image "
+                         "alone: put all of it into eval mode, also what is no child module of it")
+    if any(parameter.requires_grad for parameter in classifier.parameters()):
+        return  # it is about to be trained
+
+    weights = [value for value in classifier.state_dict().values() if isinstance(value, Tensor)]
+    if not weights or alone.requires_grad:
+        raise ValueError("the classifier has weights that PyTorch does not see: make its networks "
+                         "child modules (nn.ModuleList holds several), and take it as it was "
+                         "before torch.jit.freeze")
+    sums = logits.sum(1)
+    equal_sums = torch.allclose(sums, sums.mean(), rtol=1e-3)
+    if logits.min() >= 0 and (logits.max() <= 1 or equal_sums):
+        raise ValueError("the classifier returns probabilities: it must return the logits, from "
+                         "which softmax or sigmoid makes them")
+    gradient = torch.zeros_like(x)
+    if logits.requires_grad:
+        [gradient] = torch.autograd.grad(logits.square().sum(), x)
+    if not gradient.any():
+        raise ValueError("the classifier passes no gradient back to the image: no_grad, detach, "
+                         "numpy and rounding stop it")
+    for kind, finite in zip(kinds, gradient.isfinite().flatten(1).all(1)):
+        if not finite:
+            raise ValueError(f"the classifier's gradient for a {kind} image is not finite: does it "
+                             "take the root of zero?")
 
 
 # --- What every script needs to run ---------------------------------------------------------------
@@ -655,24 +655,25 @@ def network_fingerprint(network: nn.Module) -> str:
 
 def check_settings(file: str, before: dict, settings: dict) -> None:
     """Raise UserError if a file was made with other settings, `before`; None stands for any."""
+    before = {"flip": True} | before  # older files do not say it
     for key, value in settings.items():
         if value is None or before.get(key) == value:
             continue
         if key.endswith("_sha256"):
             what = key.removesuffix("_sha256")
             raise UserError(f"{file}: the {what} changed since; delete the file to start over")
-        if key not in before:
-            raise UserError(f"{file} does not say its {key}: delete the file to start over")
-        raise UserError(f"{file} has {key} {before[key]}, not {value}: use {before[key]} again, or "
-                        "delete the file")
+        raise UserError(f"{file} has {key} {before.get(key)}, not {value}: use "
+                        f"{before.get(key)} again, or delete the file")
 
 
 def load_finished(path: str, settings: dict) -> dict | None:
     """Return the content of path.pt if the training has finished, or None if it can start now.
 
     A file without settings, such as one of the paper's [35], counts as finished. Raises UserError
-    if path.pt has other settings, or cannot be written.
+    if path.pt has other settings or cannot be written, or if there is no epoch to train.
     """
+    if settings["epochs"] < 1:
+        raise UserError(f"epochs must be 1 or more, not {settings['epochs']}")
     if not os.path.exists(f"{path}.pt"):
         check_writable(f"{path}.pt")
         return None
@@ -774,7 +775,7 @@ def present_device(text: str) -> str:
         device = torch.device(text)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):  # mps has no float64
+    if text != "cpu" and (device is None or device.type != "cuda"):  # mps has no float64
         raise argparse.ArgumentTypeError(f"{text} does not serve: use cpu, cuda or cuda:1")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
@@ -810,8 +811,8 @@ def main() -> None:
         description="Train classifiers of Table 1 on CIFAR-10 from scratch, into runs/.")
     parser.add_argument("--arch", nargs="+", required=True, metavar="NAME",
                         choices=[*CLASSIFIERS, "encoder", "all"],
-                        help=f"{', '.join(CLASSIFIERS)}, encoder (the U-Net's); with all, those of "
-                             "Table 1 and of the names given that are not there yet")
+                        help=f"{', '.join(CLASSIFIERS)}, encoder (the U-Net's); all: every one of "
+                             "Table 1, and encoder if named, that is not there yet")
     parser.add_argument("--epochs", type=positive_int, help="(default: 20; encoder: 40)")
     parser.add_argument("--lr", type=float, default=0.03,
                         help="the highest learning rate (default: %(default)s)")

@@ -264,10 +264,9 @@ def linked(generator: nn.Module, images: Tensor, labels: Tensor, flip: bool = Tr
     the generator and that view of each, and tries 36 views of it, of which one undoes the changes
     but for border and clipping: mirrored or not, shifted by -2, 0 or 2 pixels in each direction, as
     bright or darker. He protects them all, and takes the protected image that correlates most with
-    any of them. Where the classes are no longer the same when mirrored, `flip` is False, as it was
-    in the training: then no view is mirrored, and 18 are tried. "class_alone" is what he finds if
-    he knows only the class, "different_pictures" how many of the N protected images differ. Larger
-    images are compared at 32 x 32.
+    any of them. `flip` says whether views are mirrored at all: set it as in the training.
+    "class_alone" is what he finds if he knows only the class, "different_pictures" how many of the
+    N protected images differ. Larger images are compared at 32 x 32.
     """
     protected = protect(generator, images)
     candidates = shrink(protected)
@@ -292,14 +291,17 @@ def hardened_first(name: str) -> tuple[bool, str]:
 def by_form(generators: dict[str, dict]) -> dict[str, list[dict]]:
     """Sort entries of results.json by form, since no table or figure mixes forms.
 
-    Of two files with the same networks the last one counts.
+    Of two files with the same networks the last one counts, in the order of their paths.
     """
     forms = {}
-    for name in sorted(generators, key=hardened_first):
-        result = generators[name]
-        pairs = forms.setdefault(result["meta"]["form"], {})
-        pairs[result["target"], result["aux"]] = result
-    return {form: list(pairs.values()) for form, pairs in forms.items()}
+    for form in reversed(FORMS):  # hardened first
+        pairs = {}
+        for result in sorted(generators.values(), key=itemgetter("file")):
+            if result["meta"]["form"] == form:
+                pairs[result["target"], result["aux"]] = result
+        if pairs:
+            forms[form] = list(pairs.values())
+    return forms
 
 
 def summarise(entries: list[dict]) -> dict:
@@ -660,8 +662,9 @@ def load_folder(folder: str, size: Sequence[int]) -> tuple[dict, list[str]]:
     """Read a folder of images, FOLDER/CLASS/NAME: data like load_cifar10's, and the class names.
 
     Images of any format and size are squeezed to `size`, (H, W). Labels follow the alphabetical
-    order of the classes. A tenth of the images, always the same ones, is "test", another tenth
-    "validation". A file that cannot be read is named, and left out.
+    order of the classes. A tenth of the images is "test", another tenth "validation"; as long as
+    the folder stays as it is, they are always the same. A file that open_image cannot read is
+    named, and left out.
     """
     files = torchvision.datasets.ImageFolder(folder, is_valid_file=os.path.lexists)  # any file
     images = []
@@ -790,31 +793,46 @@ def file_sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def read_results(path: str, images_sha256: str, networks: dict[str, str]) -> dict:
-    """Return "generators" and "timing" of an earlier results.json, as far as they are still true.
+def still_true(result: dict, networks: dict[str, str]) -> bool:
+    """Say if an entry of results.json is of the generator and networks (fingerprints) of today.
 
-    Scores are true if the images, the networks (fingerprints by name) and the generator's file are
-    what they were. The times of Table 3 stay: their title names the hardware.
+    Of classifiers that the generator never met, each counts for its own score only, which goes.
+    """
+    if not os.path.exists(result["file"]) or file_sha256(result["file"]) != result["file_sha256"]:
+        return False
+    for name, sha256 in list(result["networks"].items()):
+        if networks.get(name) != sha256:
+            if name not in result["unseen"]:
+                return False
+            del result["unseen"][name], result["networks"][name]
+    return True
+
+
+def read_results(out: str, images_sha256: str, networks: dict[str, str], found: list[str]) -> dict:
+    """Return "generators" and "timing" of OUT/results.json, as far as they are still true.
+
+    Results of other images, generators or networks go, with their pictures, and those of a file
+    that has the name of another one in `found`, which hides it. The times of Table 3 stay: their
+    title names the hardware.
     """
     results = {"generators": {}}
-    if not os.path.exists(path):
+    if not os.path.exists(f"{out}/results.json"):
         return results
-    with open(path) as file:
+    with open(f"{out}/results.json") as file:
         before = json.load(file)
     if "timing" in before:
         results["timing"] = before["timing"]
-    same = before.get("images_sha256") == images_sha256
-    for name, sha256 in before.get("networks", {}).items():
-        same = same and networks.get(name) == sha256
-    gone = 0
+    same_images = before.get("images_sha256") == images_sha256
+    hiding = {os.path.basename(path): path for path in found}
     for name, result in before["generators"].items():
-        file = result["file"]
-        if same and os.path.exists(file) and file_sha256(file) == result["file_sha256"]:
+        hidden = hiding.get(os.path.basename(result["file"]), result["file"]) != result["file"]
+        if same_images and not hidden and still_true(result, networks):
             results["generators"][name] = result
-        else:
-            gone += 1
-    if gone:
-        print(f"{path}: {gone} results go, since images, classifiers or generators changed")
+            continue
+        print(f"{name}: its earlier results are no longer true, and go")
+        for kind in ("generator", "worst", "read-back"):
+            if os.path.exists(f"{out}/{kind}-{name}.png"):
+                os.remove(f"{out}/{kind}-{name}.png")
     return results
 
 
@@ -840,7 +858,7 @@ def parse_arguments() -> argparse.Namespace:
                              "in runs/ and weights/; --image takes the first, a hardened one)")
     parser.add_argument("--out", metavar="FOLDER",
                         help="for the results (default: runs/evaluation, with --limit N "
-                             "runs/evaluation-N); what an earlier run left and is true stays")
+                             "runs/evaluation-N); earlier results that are still true stay")
     parser.add_argument("--limit", type=positive_int,
                         help="score on the first LIMIT test images (--attack takes 1,000)")
     parser.add_argument("--timing", action="store_true", help="also measure Table 3")
@@ -892,9 +910,9 @@ def main() -> None:
             share = percent(seen[name] == labels)
             print(f"{name}: {share:.2f}% of {len(images):,} original images", flush=True)
     images_sha256 = fingerprint(images, labels)
-    results = read_results(f"{out}/results.json", images_sha256, networks)
-    results |= {"images": len(images), "images_sha256": images_sha256, "networks": networks,
-                "hardware": hardware(args.device), "torch": torch.__version__}
+    found = [] if args.generator else paths
+    results = read_results(out, images_sha256, networks, found)
+    results |= {"images": len(images), "images_sha256": images_sha256}
     scored = results["generators"]
     names = name_files(paths, {result["file"]: name for name, result in scored.items()})
     if args.timing:
@@ -903,10 +921,16 @@ def main() -> None:
     for i, path in enumerate(paths):
         name = names[path]
         print(f"\n{name} ({i + 1} of {len(paths)})", flush=True)
+        sha256 = file_sha256(path)
         generator, meta = load_generator(path)
         generator.to(args.device)
         result, protected = evaluate_generator(generator, meta, classifiers, seen, images, labels)
-        result |= {"file": path, "file_sha256": file_sha256(path), "meta": meta}
+        result |= {"file": path, "file_sha256": sha256, "meta": meta,
+                   "hardware": hardware(args.device), "torch": torch.__version__}
+        used = [meta["target"], meta["aux"], *result["unseen"]]
+        if result["repeats"] is not None:
+            used.append("encoder")
+        result["networks"] = {network: networks.get(network) for network in used}
         draw_examples(out, name, result, images, protected, labels, classifiers)
         print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
               f"auxiliary {number(result['aux_accuracy'])}%; |SSIM| {result['ssim']:.4f}, "

@@ -1,8 +1,5 @@
 """SSIM, structural similarity (Wang et al. 2004, the paper's [52]): Eq. (3), Figures 8 and 11."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -22,68 +19,47 @@ def blur_matrix(size: int, device: torch.device) -> Tensor:
     return gauss / gauss[0, :WINDOW].sum()  # every row holds the whole window
 
 
-@contextmanager
-def full_float32(device: str) -> Iterator[None]:
-    """Let matrix products be in float32, whatever the caller's autocast and switches say.
+def shortened_products() -> bool:
+    """Say if matrix products of float32 may have fewer bits here, as TF32 and bfloat16 have.
 
-    torch.set_float32_matmul_precision and its like allow fewer bits in them (bf16, TF32).
+    torch.set_float32_matmul_precision and its like allow it. float64 is never shortened.
     """
     switches = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for switch, precision in zip(switches, before):
-            switch.fp32_precision = precision
-
-
-class Blur(torch.autograd.Function):
-    """blur_rows @ images @ blur_columns, in float32 forward and backward: variances cancel badly.
-
-    The window is separable, so these are the local means of each image (..., H, W). Two matrix
-    products are several times faster on a CPU than depthwise convolutions.
-    """
-
-    @staticmethod
-    def forward(ctx, images: Tensor) -> Tensor:
-        h, w = images.shape[-2:]
-        blur_rows = blur_matrix(h, images.device)
-        blur_columns = blur_matrix(w, images.device).T
-        ctx.save_for_backward(blur_rows, blur_columns)
-        with full_float32(images.device.type):
-            return blur_rows @ images @ blur_columns
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        blur_rows, blur_columns = ctx.saved_tensors
-        with full_float32(gradient.device.type):
-            return blur_rows.T @ (gradient @ blur_columns.T)
+    return any(switch.fp32_precision not in ("none", "ieee") for switch in switches)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of each pair: two (N, C, H, W) batches in [0, 1], H and W >= 11, to (N,) in [-1, 1].
 
     Mean over channels and window positions, signed (negative where structure is inverted),
-    differentiable. Always in float32. Raises ValueError on a wrong shape.
+    differentiable. Always in full float32, whatever autocast and PyTorch's switches allow, because
+    a variance is the small difference of large numbers. Raises ValueError on a wrong shape.
     """
     if x.dim() != 4 or x.shape != y.shape:
         raise ValueError(f"ssim takes two (N, C, H, W) batches, got {x.shape} and {y.shape}")
     if x.shape[2] < WINDOW or x.shape[3] < WINDOW:
         raise ValueError(f"ssim needs images of at least {WINDOW} x {WINDOW}, got {x.shape}")
-    x = x.float()
-    y = y.float()
-    moments = torch.stack([x, y, x * x + y * y, x * y])
-    mu_x, mu_y, mean_squares, mean_xy = Blur.apply(moments)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        y = y.float()
+        # The window is separable, so a local mean is blur_rows @ image @ blur_columns: two matrix
+        # products, several times faster on a CPU than depthwise convolutions.
+        blur_rows = blur_matrix(x.shape[2], x.device)
+        blur_columns = blur_matrix(x.shape[3], x.device).T
+        moments = torch.stack([x, y, x * x + y * y, x * y])
+        if shortened_products():
+            means = blur_rows.double() @ moments.double() @ blur_columns.double()
+            means = means.float()
+        else:
+            means = blur_rows @ moments @ blur_columns
+        mu_x, mu_y, mean_squares, mean_xy = means
 
-    # Eq. (13) of Wang et al.
-    mu_xy = mu_x * mu_y
-    mu_squares = mu_x ** 2 + mu_y ** 2
-    sigma_xy = mean_xy - mu_xy
-    sigma_squares = mean_squares - mu_squares  # sigma_x^2 + sigma_y^2
-    numerator = (2 * mu_xy + C1) * (2 * sigma_xy + C2)
-    denominator = (mu_squares + C1) * (sigma_squares + C2)
-    similarity = numerator / denominator
-    return similarity.mean(dim=(1, 2, 3))
+        # Eq. (13) of Wang et al.
+        mu_xy = mu_x * mu_y
+        mu_squares = mu_x ** 2 + mu_y ** 2
+        sigma_xy = mean_xy - mu_xy
+        sigma_squares = mean_squares - mu_squares  # sigma_x^2 + sigma_y^2
+        numerator = (2 * mu_xy + C1) * (2 * sigma_xy + C2)
+        denominator = (mu_squares + C1) * (sigma_squares + C2)
+        similarity = numerator / denominator
+        return similarity.mean(dim=(1, 2, 3))

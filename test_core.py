@@ -15,6 +15,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import struct
@@ -224,25 +225,28 @@ def test_ssim_and_its_gradient_are_those_of_pytorch_msssim(shapes, kind):
 
 
 @devices
-def test_ssim_and_its_gradient_do_not_depend_on_the_callers_switches(device):
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_ssim_and_its_gradient_do_not_depend_on_the_callers_switches(device, precision):
     """With fewer bits in matrix products, images with little contrast would get 0.8, not 0.5."""
     torch.manual_seed(0)
     x, y = (0.9 + 0.02 * torch.randn(2, 50, 3, 32, 32)).to(device)
     y.requires_grad_()
-    results = []
+    expected = their_ssim(x.cpu(), y.cpu(), data_range=1, size_average=False)
+    [expected_gradient] = torch.autograd.grad(expected.sum(), y)
+    product = x @ x
+    torch.set_float32_matmul_precision(precision)
     try:
-        for precision in ("highest", "high", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            values = ssim(x, y)
-            [gradient] = torch.autograd.grad(values.sum(), y)
-            results.append((values, gradient))
-            assert torch.get_float32_matmul_precision() == precision  # the caller's, as before
+        values = ssim(x, y)
+        [gradient] = torch.autograd.grad(values.sum(), y)
+        kept = torch.get_float32_matmul_precision()
+        shortened = not torch.equal(product, x @ x)
     finally:
         torch.set_float32_matmul_precision("highest")
-    expected = their_ssim(x.cpu(), y.cpu(), data_range=1, size_average=False)
-    for values, gradient in results:
-        assert (values.cpu() - expected).abs().max() < 1e-4
-        assert torch.equal(values, results[0][0]) and torch.equal(gradient, results[0][1])
+    assert (values.cpu() - expected).abs().max() < 1e-4
+    assert (gradient - expected_gradient).norm() < 1e-3 * expected_gradient.norm()
+    assert kept == precision
+    if not shortened:
+        pytest.skip("nothing shown: this switch changes nothing here")
 
 
 # --- unet.py --------------------------------------------------------------------------------------
@@ -392,7 +396,7 @@ def test_arrows_to_the_left_and_right_need_a_training_without_mirroring(tmp_path
     for flip in (False, True):
         torch.manual_seed(0)
         model = build_classifier("encoder", classes=3)
-        train_classifier(model, data, f"{tmp_path}/{flip}", epochs=3, batch_size=20, flip=flip)
+        train_classifier(model, data, f"{tmp_path}/{flip}", epochs=2, batch_size=20, flip=flip)
         recognised = accuracy(model, *data["validation"])
         assert recognised < 85 if flip else recognised > 97
 
@@ -946,41 +950,45 @@ def test_a_service_with_an_extra_state_is_known_by_its_weights(tmp_path):
         train_pair(f"{tmp_path}/a", target=Remembers(make_service(3)), epochs=1)
 
 
-BAD_DATA = {
-    "torch.uint8 .N, 3, H, W.* not torch.uint8 .48, 1, 32, 32": lambda x, y: (x[:, :1], y),
-    "torch.uint8 .N, 3, H, W.* not torch.uint8 .48, 32, 32, 3": lambda x, y: (
-        x.permute(0, 2, 3, 1), y),
-    "torch.uint8 .N, 3, H, W.* not torch.float32": lambda x, y: (x / 255, y),
-    "not ndarray and Tensor": lambda x, y: (x.numpy(), y),
-    "labels must be torch.int64 .48,., not torch.int64 .48, 1": lambda x, y: (x, y[:, None]),
-    "label -100": lambda x, y: (x, y - 100),
-    "there are no": lambda x, y: (x[:0], y[:0]),
-}
+BAD_DATA = [
+    ("images must be torch.uint8 (N, 3, H, W) with H and W >= 16, not torch.uint8 (48, 1, 32, 32)",
+     lambda images, labels: (images[:, :1], labels)),
+    ("images must be torch.uint8 (N, 3, H, W) with H and W >= 16, not torch.uint8 (48, 32, 32, 3)",
+     lambda images, labels: (images.permute(0, 2, 3, 1), labels)),
+    ("images must be torch.uint8", lambda images, labels: (images / 255, labels)),
+    ("images and labels must be tensors, not ndarray and Tensor",
+     lambda images, labels: (images.numpy(), labels)),
+    ("labels must be torch.int64 (48,), not torch.int64 (48, 1)",
+     lambda images, labels: (images, labels[:, None])),
+    ("has label -100", lambda images, labels: (images, labels - 100)),
+    ("has no images", lambda images, labels: (images[:0], labels[:0])),
+]
 
 
-@pytest.mark.parametrize("words", BAD_DATA)
-def test_data_of_another_kind_are_refused_before_the_first_step(tmp_path, words):
-    for split in ("train", "validation"):
-        data = take(make_shapes(), 48)
-        data[split] = BAD_DATA[words](*data[split])
-        with pytest.raises((ValueError, UserError), match=f"{split}.*{words}|{words}.*{split}"):
-            train_pair(f"{tmp_path}/a", data=data)
-        with pytest.raises((ValueError, UserError), match=words):
-            train_classifier(build_classifier("encoder"), data, f"{tmp_path}/b")
+@pytest.mark.parametrize("words, change", BAD_DATA)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_data_of_another_kind_are_refused_before_the_first_step(tmp_path, split, words, change):
+    data = take(make_shapes(), 48)
+    data[split] = change(*data[split])
+    with pytest.raises((ValueError, UserError), match=re.escape(f"{split} {words}")):
+        train_pair(f"{tmp_path}/a", data=data)
+    with pytest.raises((ValueError, UserError), match=re.escape(f"{split} {words}")):
+        train_classifier(build_classifier("encoder"), data, f"{tmp_path}/b")
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-def test_a_label_without_a_logit_is_refused_before_the_first_step(tmp_path, everywhere):
-    """Label 10 of a classifier with ten: in all splits, and among validation images only."""
+def test_a_label_without_a_logit_is_refused_before_the_first_step(tmp_path):
+    """Label 10 of a classifier with ten, in all splits, or among validation images only."""
     data = take(make_shapes(), 48)
-    for split in data if everywhere else ["validation"]:
-        images, labels = data[split]
-        data[split] = images, torch.where(labels == 9, 10, labels)
-    with pytest.raises((ValueError, UserError), match="label 10|class 10"):
-        train_pair(f"{tmp_path}/a", data=data)
-    with pytest.raises((ValueError, UserError), match="label 10|class 10"):
-        train_classifier(build_classifier("encoder"), data, f"{tmp_path}/b")
+    wrong = {}
+    for split, (images, labels) in data.items():
+        wrong[split] = images, torch.where(labels == 9, 10, labels)
+    for bad, words in ((wrong, "train has label 10"),
+                       (data | {"validation": wrong["validation"]}, "validation has .* 10")):
+        with pytest.raises((ValueError, UserError), match=words):
+            train_pair(f"{tmp_path}/a", data=bad)
+        with pytest.raises((ValueError, UserError), match=words):
+            train_classifier(build_classifier("encoder"), bad, f"{tmp_path}/b")
     assert os.listdir(tmp_path) == []
 
 
@@ -1361,6 +1369,22 @@ def test_an_image_is_linked_if_one_of_the_tries_undoes_the_other_view(data):
     assert links["different_pictures"] == 300
 
 
+def test_without_flip_no_view_is_mirrored():
+    images = torch.randint(0, 100, (20, 3, 32, 32), dtype=torch.uint8)
+    images[:, :, :, :16] += 150  # bright on the left
+    seen = []
+
+    def generator(x):
+        seen.append(bool(x[:, :, :, :16].mean() > x[:, :, :, 16:].mean()))
+        return x
+
+    evaluate.linked(generator, images, torch.zeros(20, dtype=torch.long), flip=False)
+    assert seen == 19 * [True]  # all images, then 18 tries
+    seen.clear()
+    evaluate.linked(generator, images, torch.zeros(20, dtype=torch.long))
+    assert sorted(seen) == 18 * [False] + 19 * [True]
+
+
 def test_hardened_images_are_as_many_as_classes_and_linked_by_their_class_alone(data):
     generator, _ = load_generator(HARDENED)
     images, labels = data["test"]
@@ -1512,11 +1536,14 @@ def test_what_earlier_runs_measured_goes_with_what_it_was_measured_on(folder):
     assert score_first("19") == [first]  # other images
     assert call(evaluate, "--out", "out", "--limit", "20") == 0
     write_generator(second, make_generator(True), target="resnet18", aux="none")
+    assert os.path.exists("out/worst-resnet18-none.png")
     assert score_first("20") == [first]  # another generator
+    assert not os.path.exists("out/worst-resnet18-none.png")
     assert call(evaluate, "--out", "out", "--limit", "20") == 0
-    changed = build_classifier("resnet18").net.state_dict()
-    save("runs/resnet18.pt", {"classifier": changed, "meta": {}})
-    assert score_first("20") == [first]  # another target
+    for network, kept in (("densenet121", [first, second]), ("resnet18", [first])):
+        changed = build_classifier(network).net.state_dict()
+        save(f"runs/{network}.pt", {"classifier": changed, "meta": {}})
+        assert score_first("20") == kept  # a network that none was trained with, and the target
 
 
 def test_a_stopped_training_is_scored_and_exported_by_its_best_epoch(folder, monkeypatch):
@@ -1533,13 +1560,23 @@ def test_a_stopped_training_is_scored_and_exported_by_its_best_epoch(folder, mon
     assert os.path.exists(f"runs/{NAME}.ptl")
 
 
+def test_ones_own_generator_takes_the_place_of_the_one_that_ships(folder):
+    write_generator(f"weights/{NAME}.pt", make_generator(), target="resnet18", aux="none")
+    assert call(evaluate, "--limit", "20", "--out", "out") == 0
+    write_generator(f"runs/{NAME}.pt", make_generator(True), target="resnet18", aux="none")
+    assert call(evaluate, "--limit", "20", "--out", "out") == 0
+    [result] = json.loads(Path("out/results.json").read_text())["generators"].values()
+    assert result["file"] == f"runs/{NAME}.pt"
+
+
 def test_two_files_of_one_pair_count_once_in_table_2(folder):
     files = [f"runs/{NAME}.pt", f"other/{NAME}.pt", "runs/generator-resnet18-none.pt"]
     for path, aux in zip(files, ("mobilenet_v2", "mobilenet_v2", "none")):
         write_generator(path, make_generator(), target="resnet18", aux=aux)
-    assert call(evaluate, "--generator", *files, "--limit", "20", "--out", "out") == 0
+    assert call(evaluate, "--generator", *files[1:], "--limit", "20", "--out", "out") == 0
+    assert call(evaluate, "--generator", files[0], "--limit", "20", "--out", "out") == 0
     results = json.loads(Path("out/results.json").read_text())
-    assert len(results["generators"]) == 3
+    assert {result["file"] for result in results["generators"].values()} == set(files)
     summary = results["summary"]["pretrained"]
     assert summary["pairs"] == summary["table_2"]["resnet18"]["pairs"] == 1
     assert summary["table_2"]["resnet18"]["none"] is not None

@@ -373,7 +373,7 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
         epochs = row["epochs"]
     if batch_size is None:
         batch_size = row["batch_size"]
-    check_data(data)
+    check_data(data, all_classes=row["painted_from"] == "class")
     batch_size = min(batch_size, len(images))
     if w_aux is None:
         w_aux = row["w_aux"]
