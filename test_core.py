@@ -810,10 +810,21 @@ def test_a_training_with_other_networks_or_settings_is_refused(tmp_path, monkeyp
                           ({"data": data | {"train": (images + 1, labels)}}, "the images changed"),
                           ({"data": data | {"train": (images, labels.roll(1))}}, "the labels"),
                           ({"epochs": 3}, "has epochs 4, not 3"),
+                          ({"flip": False}, "has flip True, not False"),
                           ({"form": "hardened"}, "has form pretrained, not hardened")):
         for name in ("finished", "stopped"):
             with pytest.raises(UserError, match=f"{name}.* {words}"):
                 train_pair(f"{tmp_path}/{name}", **change)
+
+
+def test_a_file_from_before_flip_was_a_setting_counts_as_mirrored(tmp_path):
+    train_pair(f"{tmp_path}/a", epochs=1)
+    content = torch.load(tmp_path / "a.pt")
+    del content["meta"]["flip"]
+    torch.save(content, tmp_path / "a.pt")
+    train_pair(f"{tmp_path}/a", epochs=1)  # is read
+    with pytest.raises(UserError, match="has flip True, not False"):
+        train_pair(f"{tmp_path}/a", epochs=1, flip=False)
 
 
 @pytest.mark.parametrize("first_loss, kept", [(-1e9, 1), (1e9, 2)])
@@ -956,6 +967,7 @@ BAD_DATA = [
     ("images must be torch.uint8 (N, 3, H, W) with H and W >= 16, not torch.uint8 (48, 32, 32, 3)",
      lambda images, labels: (images.permute(0, 2, 3, 1), labels)),
     ("images must be torch.uint8", lambda images, labels: (images / 255, labels)),
+    ("images must be torch.uint8", lambda images, labels: (images[:, :, :, :15], labels)),
     ("images and labels must be tensors, not ndarray and Tensor",
      lambda images, labels: (images.numpy(), labels)),
     ("labels must be torch.int64 (48,), not torch.int64 (48, 1)",
