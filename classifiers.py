@@ -530,6 +530,8 @@ def check_classifier(classifier: nn.Module, data: dict) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
         raise ValueError("a classifier must return logits (N, classes), nothing else")
     classes = logits.shape[1]
+    if classes == 1:
+        raise ValueError("the classifier returns one logit an image: two classes need two of them")
     for split, (_, labels) in data.items():
         if labels.max() >= classes:
             raise ValueError(f"{split} has label {labels.max()}, but the classifier returns "

@@ -664,7 +664,7 @@ def load_folder(folder: str, size: Sequence[int]) -> tuple[dict, list[str]]:
     Images of any format and size are squeezed to `size`, (H, W). Labels follow the alphabetical
     order of the classes. A tenth of the images is "test", another tenth "validation"; as long as
     the folder stays as it is, they are always the same. A file that open_image cannot read is
-    named, and left out.
+    named, and left out. Raises UserError if a class has no other.
     """
     files = torchvision.datasets.ImageFolder(folder, is_valid_file=os.path.lexists)  # any file
     images = []
@@ -678,6 +678,9 @@ def load_folder(folder: str, size: Sequence[int]) -> tuple[dict, list[str]]:
         labels.append(label)
     print(f"{folder}: {len(images)} images of {len(files.classes)} classes, "
           f"files left out: {len(files) - len(images)}")
+    for label, name in enumerate(files.classes):
+        if label not in labels:
+            raise UserError(f"{folder}/{name} has no image that can be read")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = torch.stack(images)[order]
     labels = torch.tensor(labels)[order]
@@ -829,7 +832,7 @@ def read_results(out: str, images_sha256: str, networks: dict[str, str], found: 
         if same_images and not hidden and still_true(result, networks):
             results["generators"][name] = result
             continue
-        print(f"{name}: its earlier results are no longer true, and go")
+        print(f"{name}: earlier results dropped, since images, file or classifiers changed")
         for kind in ("generator", "worst", "read-back"):
             if os.path.exists(f"{out}/{kind}-{name}.png"):
                 os.remove(f"{out}/{kind}-{name}.png")
@@ -932,8 +935,9 @@ def main() -> None:
             used.append("encoder")
         result["networks"] = {network: networks.get(network) for network in used}
         draw_examples(out, name, result, images, protected, labels, classifiers)
-        print(f"  target {result['target_accuracy']:.2f}%, {result['drop']:.2f} lost; "
-              f"auxiliary {number(result['aux_accuracy'])}%; |SSIM| {result['ssim']:.4f}, "
+        print(f"  target {result['target_accuracy']:.2f}%, of the originals "
+              f"{result['clean_target_accuracy']:.2f}%; auxiliary "
+              f"{number(result['aux_accuracy'])}%; |SSIM| {result['ssim']:.4f}, "
               f"at most {result['ssim_largest']:.3f}; {describe_visibility(result['visibility'])}",
               flush=True)
         for role, network in (("target", meta["target"]), ("aux", meta["aux"]),
@@ -957,7 +961,8 @@ def main() -> None:
     for form, of_form in by_form(scored).items():
         draw_heatmaps(f"{out}/heatmaps-{form}.png", of_form)
         draw_figure_9(f"{out}/figure-9-{form}.png", of_form, images[few])
-    print(f"-> {out}/")
+    kept = len(scored) - len(set(paths))
+    print(f"-> {out}/ ({len(set(paths))} scored now, {kept} kept from earlier runs)")
 
 
 if __name__ == "__main__":

@@ -423,9 +423,12 @@ def test_a_file_with_python_objects_is_not_called_damaged(tmp_path):
     with pytest.raises(UserError, match="holds Python objects"):
         classifiers.load(path)
     whole = Path(path).read_bytes()
-    Path(path).write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="is damaged"):
-        classifiers.load(path)
+    np.savez(tmp_path / "no-pytorch.npz", numbers=np.zeros(3))
+    foreign = (tmp_path / "no-pytorch.npz").read_bytes()  # a zip file too
+    for content in (whole[:-100], foreign):
+        Path(path).write_bytes(content)
+        with pytest.raises(UserError, match="is damaged"):
+            classifiers.load(path)
 
 
 def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -903,6 +906,7 @@ BROKEN = [
     ("changes its input", Service(lambda network, x: network(x.sub_(0.5)))),
     ("no gradient", Service(lambda network, x: network((255 * x).round() / 255))),
     ("must return logits", Service(lambda network, x: (network(x), x))),
+    ("one logit", Service(lambda network, x: network(x)[:, :1])),
     ("for one image", Service(lambda network, x: network(x).squeeze())),
     ("logits for a black image are not finite",
      Service(lambda network, x: network(x / x.amax((1, 2, 3), keepdim=True)))),
@@ -913,7 +917,7 @@ BROKEN = [
     ("answers differently", Service(lambda network, x: F.dropout(network(x)))),
     ("answers differently",
      Service(lambda network, x: network(F.batch_norm(x, None, None, training=True)))),
-    ("does not see", Service(lambda network, x: hidden(x), nn.Identity())),
+    ("does not see", Service(lambda network, x: 2 * x.flatten(1)[:, :10] - 1, nn.Identity())),
     ("does not see", Service(lambda network, x: network(x) + hidden(x))),
 ]
 
@@ -922,7 +926,7 @@ BROKEN = [
 def test_a_service_that_would_go_wrong_is_refused_before_the_first_step(tmp_path, shapes, words,
                                                                         service):
     with pytest.raises(ValueError, match=words):
-        train_generator(service, "none", shapes, f"{tmp_path}/a", form="paper")
+        train_generator(service, "none", shapes, f"{tmp_path}/a", form="paper", epochs=1)
     assert os.listdir(tmp_path) == []
 
 
@@ -1582,6 +1586,13 @@ def test_a_stopped_training_is_scored_and_exported_by_its_best_epoch(folder, mon
     assert os.path.exists(f"runs/{NAME}.ptl")
 
 
+def test_which_of_two_files_of_one_pair_counts_does_not_depend_on_the_order_of_runs():
+    first = {"file": "a.pt", "target": "resnet18", "aux": "none", "meta": {"form": "paper"}}
+    second = first | {"file": "b.pt"}
+    for results in ({"x": first, "x-2": second}, {"x": second, "x-2": first}):
+        assert evaluate.by_form(results) == {"paper": [second]}
+
+
 def test_ones_own_generator_takes_the_place_of_the_one_that_ships(folder):
     write_generator(f"weights/{NAME}.pt", make_generator(), target="resnet18", aux="none")
     assert call(evaluate, "--limit", "20", "--out", "out") == 0
@@ -1645,6 +1656,15 @@ def test_an_exif_block_that_cannot_be_read_leaves_the_image_as_it_lies(tmp_path)
     photo.save(tmp_path / "a.png", exif=b"Exif\0\0no such block")
     opened = evaluate.open_image(f"{tmp_path}/a.png", (40, 40))
     assert np.array_equal(to_numpy(opened), np.array(photo))
+
+
+def test_a_class_without_a_readable_image_is_named(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "a" / "1.png")
+    (tmp_path / "b" / "2.heic").write_text("no image")
+    with pytest.raises(UserError, match="/b has no image"):
+        evaluate.load_folder(str(tmp_path), (16, 16))
 
 
 def test_results_of_two_images_never_have_one_name():
