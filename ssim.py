@@ -46,12 +46,13 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         # products, several times faster on a CPU than depthwise convolutions.
         blur_rows = blur_matrix(x.shape[2], x.device)
         blur_columns = blur_matrix(x.shape[3], x.device).T
-        moments = torch.stack([x, y, x * x + y * y, x * y])
+        moments = [x, y, x * x + y * y, x * y]
         if shortened_products():
-            means = blur_rows.double() @ moments.double() @ blur_columns.double()
-            means = means.float()
+            blur_rows = blur_rows.double()
+            blur_columns = blur_columns.double()
+            means = [(blur_rows @ m.double() @ blur_columns).float() for m in moments]
         else:
-            means = blur_rows @ moments @ blur_columns
+            means = blur_rows @ torch.stack(moments) @ blur_columns
         mu_x, mu_y, mean_squares, mean_xy = means
 
         # Eq. (13) of Wang et al.
