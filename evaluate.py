@@ -105,7 +105,6 @@ def evaluate_generator(generator: nn.Module, meta: dict, classifiers: dict, seen
     result["target"] = target_name
     result["aux"] = aux_name
     result["clean_target_accuracy"] = percent(seen[target_name] == labels)  # Eq. (5)
-    result["drop"] = result["clean_target_accuracy"] - result["target_accuracy"]
     result["own_less_other"] = result["visibility"]["own"] - result["visibility"]["other"]
     result["jpeg"] = {}
     for subsampling in ("4:4:4", "4:2:0"):
@@ -323,7 +322,10 @@ def summarise(entries: list[dict]) -> dict:
                                "median": statistics.median(values), "encoder": encoder,
                                "none": none}
 
-    drops = [entry["drop"] for entry in entries if entry["aux"] in CLASSIFIERS]
+    drops = []
+    for entry in entries:
+        if entry["aux"] in CLASSIFIERS:
+            drops.append(entry["clean_target_accuracy"] - entry["target_accuracy"])
     under_5 = sum(drop < 5 for drop in drops)
     return {"table_2": table_2, "pairs": len(drops), "pairs_under_5_points": under_5}
 
@@ -748,7 +750,7 @@ def protect_images(paths: list[str], generator_path: str, out: str) -> None:
     h, w = meta.get("image_size", (32, 32))  # files that ship lack it
     print(f"{generator_path}: images are squeezed to {h} x {w}")
     failed = 0
-    for path, name in name_files(paths).items():
+    for path, name in name_files(paths, {}).items():
         try:
             protect_image(path, f"{out}/{name}", generator, (h, w), target)
         except (UserError, OSError) as error:  # the others are protected
@@ -759,12 +761,12 @@ def protect_images(paths: list[str], generator_path: str, out: str) -> None:
 
 
 # --- The command ----------------------------------------------------------------------------------
-def name_files(paths: Sequence[str], known: dict[str, str] | None = None) -> dict[str, str]:
+def name_files(paths: Sequence[str], known: dict[str, str]) -> dict[str, str]:
     """Give each path a name for its results, {path: name}; those in `known` have theirs.
 
     A second file of the same name becomes NAME-2.
     """
-    names = dict(known or {})
+    names = dict(known)
     for path in paths:
         if path in names:
             continue
@@ -826,9 +828,10 @@ def read_results(out: str, images_sha256: str, networks: dict[str, str], found: 
     if "timing" in before:
         results["timing"] = before["timing"]
     same_images = before.get("images_sha256") == images_sha256
-    hiding = {os.path.basename(path): path for path in found}
+    found_names = [os.path.basename(path) for path in found]
     for name, result in before["generators"].items():
-        hidden = hiding.get(os.path.basename(result["file"]), result["file"]) != result["file"]
+        path = result["file"]
+        hidden = path not in found and os.path.basename(path) in found_names
         if same_images and not hidden and still_true(result, networks):
             results["generators"][name] = result
             continue
@@ -962,7 +965,7 @@ def main() -> None:
         draw_heatmaps(f"{out}/heatmaps-{form}.png", of_form)
         draw_figure_9(f"{out}/figure-9-{form}.png", of_form, images[few])
     kept = len(scored) - len(set(paths))
-    print(f"-> {out}/ ({len(set(paths))} scored now, {kept} kept from earlier runs)")
+    print(f"-> {out}/ ({kept} of the results are from earlier runs)")
 
 
 if __name__ == "__main__":

@@ -908,9 +908,9 @@ BROKEN = [
     ("must return logits", Service(lambda network, x: (network(x), x))),
     ("one logit", Service(lambda network, x: network(x)[:, :1])),
     ("for one image", Service(lambda network, x: network(x).squeeze())),
-    ("logits for a black image are not finite",
+    ("logits .* not finite",
      Service(lambda network, x: network(x / x.amax((1, 2, 3), keepdim=True)))),
-    ("gradient for a black image is not finite", Service(lambda network, x: network(x.sqrt()))),
+    ("gradient .* not finite", Service(lambda network, x: network(x.sqrt()))),
     ("returns probabilities", Service(lambda network, x: network(x).softmax(1))),
     ("returns probabilities", Service(lambda network, x: 100 * network(x).softmax(1))),
     ("returns probabilities", Service(lambda network, x: network(x).sigmoid())),
@@ -1421,7 +1421,7 @@ def test_a_class_that_the_attacker_has_no_image_of_is_named(shapes):
 def entry(target, aux, target_accuracy, clean):
     """What Table 2 needs of an entry of results.json."""
     return {"target": target, "aux": aux, "target_accuracy": target_accuracy,
-            "drop": clean - target_accuracy}
+            "clean_target_accuracy": clean}
 
 
 ENTRIES = [
@@ -1670,7 +1670,7 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
 def test_results_of_two_images_never_have_one_name():
     """Some disks take IMG for img."""
     paths = ["a/IMG.jpg", "b/img.jpg", "img-2.jpg", "img.png"]
-    names = evaluate.name_files(paths)
+    names = evaluate.name_files(paths, {})
     assert list(names) == paths
     assert len({name.lower() for name in names.values()}) == 4
 
