@@ -1,17 +1,21 @@
 """The generator on the phone, and the recognition service that it talks to (Section 3.4, Figure 5).
 
-    python export_mobile.py             write runs/NAME.ptl for the phone and check it
+    python export_mobile.py             write the files for the phone and check them
+    python export_mobile.py --int8      and one that computes in 8 bits
     python export_mobile.py --generator runs/mine.pt    the same, for a classifier of your own
     python export_mobile.py --demo      phone and service on this computer, end to end
     python export_mobile.py --serve     the service alone, for a phone or for --demo --connect
 
-The phone runs the .ptl file; the service runs the unchanged target. Each image takes one TCP
-connection, as in the authors' app. The phone sends 16 bytes with the length (ASCII digits, padded
-with spaces), then the PNG. The service answers with the class, one digit. So this protocol is for
-CIFAR-10 only: images of 32 x 32, ten classes.
+A phone runs one of the files. runs/NAME.pte is for ExecuTorch, what apps use today; it is written
+where the package executorch is installed. runs/NAME.ptl is for PyTorch Mobile, which the authors'
+app uses. The service runs the unchanged target. Each image takes one TCP connection, as in the
+authors' app. The phone sends 16 bytes with the length (ASCII digits, padded with spaces), then the
+PNG. The service answers with the class, one digit. So this protocol is for CIFAR-10 only: images of
+32 x 32, ten classes.
 """
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -21,6 +25,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,8 +37,8 @@ from torch.nn import functional as F
 
 from classifiers import (CLASSIFIERS, UserError, accuracy, check_writable, hardware, load_cifar10,
                          load_classifier, positive_int, run, save, scoring_batches, to_float)
-from evaluate import draw_sheet, find_generators, image_rows, milliseconds
-from train import encode_png, load_generator, protect
+from evaluate import draw_sheet, find_generators, heading, image_rows, milliseconds, number
+from train import describe_visibility, encode_png, load_generator, protect, score
 from unet import Generator
 
 BYTECODE = 8  # the newest that pytorch_android_lite 1.13.1 and 2.1.0 read
@@ -45,8 +50,15 @@ warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")
 warnings.filterwarnings("ignore", "Lite Interpreter is deprecated")
 
 
-# --- The file for the phone -----------------------------------------------------------------------
-def export(generator: Generator, path: str) -> None:
+# --- The files for the phone ----------------------------------------------------------------------
+def fold_batch_norm(generator: Generator) -> Generator:
+    """Return a copy for the phone: batch norm is folded into the convolutions, no gradients."""
+    phone = Generator(generator.unet.codes)
+    phone.unet = fuse(generator.unet.eval())
+    return phone.requires_grad_(False).eval().to(memory_format=torch.contiguous_format)
+
+
+def export_torchscript(generator: Generator, path: str) -> None:
     """Write the file that PyTorch Mobile's lite interpreter runs.
 
     It takes images (N, 3, H, W) in [0, 1], H and W >= 16, and returns protected ones. It is
@@ -54,10 +66,8 @@ def export(generator: Generator, path: str) -> None:
     would pack weights for XNNPACK, and such a file loads only where that is built in. Raises
     UserError if this PyTorch writes bytecode too new for phones.
     """
-    phone = Generator(generator.unet.codes)
-    phone.unet = fuse(generator.unet.eval())  # a copy, batch norm folded into the convolutions
-    phone.requires_grad_(False).eval().to(memory_format=torch.contiguous_format)
-    content = torch.jit.script(phone)._save_to_buffer_for_lite_interpreter()
+    phone = torch.jit.script(fold_batch_norm(generator))
+    content = phone._save_to_buffer_for_lite_interpreter()
     version = _get_model_bytecode_version(io.BytesIO(content))
     if version > BYTECODE:
         raise UserError(f"PyTorch {torch.__version__} writes bytecode {version}, "
@@ -65,6 +75,91 @@ def export(generator: Generator, path: str) -> None:
     save(path, content)
 
 
+def export_executorch(generator: Generator, path: str, size: Sequence[int],
+                      examples: Tensor | None = None) -> None:
+    """Write the file that ExecuTorch runs, with the operators of XNNPACK.
+
+    It takes one image (1, 3, H, W) in [0, 1] and returns the protected one; `size`, (H, W), is
+    fixed, since a generator hides at one size. With `examples`, uint8 images (N, 3, H, W) of the
+    kind that the phone will protect, it computes in 8 bits. Needs the package executorch.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    x = torch.zeros(1, 3, *size)
+    program = torch.export.export(fold_batch_norm(generator), (x,))
+    if examples is not None:
+        network = quantize(program.module(), examples)
+        program = torch.export.export(network, (x,))
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    save(path, lowered.to_executorch().buffer)
+
+
+def quantize(network: nn.Module, examples: Tensor) -> nn.Module:
+    """Return an exported network with weights and feature maps in 8 bits.
+
+    The ranges of the maps are those that occur with `examples`, uint8 images (N, 3, H, W).
+    """
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer, get_symmetric_quantization_config)
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    quantizer = XNNPACKQuantizer()
+    quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
+    network = prepare_pt2e(network, quantizer)
+    for image in examples.split(1):
+        network(to_float(image))  # only looks at the ranges
+    return convert_pt2e(network)
+
+
+class ExecuTorchFile:
+    """A .pte file as a network for images (N, 3, H, W): one by one, on one thread."""
+
+    def __init__(self, path: str):
+        from executorch.extension.pybindings.portable_lib import (
+            _threadpool_get_thread_count, _unsafe_reset_threadpool)
+        from executorch.runtime import Runtime
+
+        if _threadpool_get_thread_count() != 1:  # only before the first file: it keeps its threads
+            _unsafe_reset_threadpool(1)
+        self.forward = Runtime.get().load_program(path).load_method("forward")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        protected = []
+        for image in x.split(1):
+            image = image.contiguous()  # it takes the memory as it lies
+            [output] = self.forward.execute([image])
+            protected.append(output)
+        return torch.cat(protected)
+
+
+def export(generator: Generator, name: str, size: Sequence[int],
+           examples: Tensor | None) -> dict[str, nn.Module | ExecuTorchFile]:
+    """Write NAME.ptl and, with ExecuTorch, NAME.pte; with `examples` NAME-int8.pte too.
+
+    `examples` is as for export_executorch. Returns the networks that run the files, by path.
+    """
+    path = f"{name}.ptl"
+    export_torchscript(generator, path)
+    phones = {path: _load_for_lite_interpreter(path)}
+    if not executorch_is_here():
+        print(f"no {name}.pte: ExecuTorch is missing (pip install executorch)", flush=True)
+        return phones
+    path = f"{name}.pte"
+    export_executorch(generator, path, size)
+    phones[path] = ExecuTorchFile(path)
+    if examples is not None:
+        path = f"{name}-int8.pte"
+        export_executorch(generator, path, size, examples)
+        phones[path] = ExecuTorchFile(path)
+    return phones
+
+
+def executorch_is_here() -> bool:
+    return importlib.util.find_spec("executorch") is not None
+
+
+# --- Checking them --------------------------------------------------------------------------------
 @torch.no_grad()
 def largest_difference(phone: nn.Module, generator: Generator, images: Tensor) -> float:
     """Return how far the outputs for uint8 images (N, 3, H, W) differ at most, in [0, 1]."""
@@ -76,32 +171,29 @@ def largest_difference(phone: nn.Module, generator: Generator, images: Tensor) -
     return largest
 
 
-def check(phone: nn.Module, generator: Generator, images: Tensor) -> dict:
-    """Compare the file with the generator on uint8 images (N, 3, H, W), and time it."""
-    h, w = images.shape[2:]
+def check(path: str, phone: nn.Module, generator: Generator, images: Tensor,
+          labels: Tensor | None, target: nn.Module | None) -> dict:
+    """Compare a file, and `phone`, which runs it, with the generator on uint8 test images.
+
+    The time is that of one image on one thread (Table 3's phone: 10.52 to 10.84 ms). With a target,
+    the result also has what it recognises, in percent (Eq. 5), and what shows.
+    """
     difference = largest_difference(phone, generator, images)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as on a phone
-    ms = milliseconds(phone, 1, "cpu", h, w)
+    torch.set_num_threads(1)
+    ms = milliseconds(phone, 1, "cpu", *images.shape[2:])
     torch.set_num_threads(threads)
-    return {
-        "image size": [h, w],
-        "largest difference": difference,
-        "ms an image, one thread": ms,  # Table 3's phone, 32 x 32: 10.52 to 10.84
-        "hardware": hardware("cpu"),
-        "torch": torch.__version__,
-    }
-
-
-def check_accuracy(phone: nn.Module, generator: Generator, target: nn.Module, images: Tensor,
-                   labels: Tensor) -> dict:
-    """Return what the target recognises of uint8 test images, in percent (Eq. 5)."""
-    return {
-        "images": len(images),
-        "accuracy on the originals": accuracy(target, images, labels),
-        "accuracy through the generator": accuracy(target, protect(generator, images), labels),
-        "accuracy through the file": accuracy(target, protect(phone, images), labels),
-    }
+    result = {"megabytes": os.path.getsize(path) / 1e6, "ms": ms, "largest_difference": difference,
+              "target_accuracy": None, "visibility": None}
+    shows = "-"
+    if target is not None:
+        scores = score(images, protect(phone, images), target, None, labels)
+        result["target_accuracy"] = scores["target_accuracy"]
+        result["visibility"] = scores["visibility"]
+        shows = describe_visibility(scores["visibility"])
+    print(f"| {path} | {result['megabytes']:.1f} | {ms:.2f} | {difference:.1e} "
+          f"| {number(result['target_accuracy'])} | {shows} |", flush=True)
+    return result
 
 
 def random_images(h: int, w: int) -> Tensor:
@@ -166,7 +258,7 @@ def ask(png: bytes, address: tuple[str, int]) -> int:
 
 def play_phone(phone: nn.Module, images: Tensor,
                address: tuple[str, int]) -> tuple[Tensor, Tensor, dict]:
-    """Protect uint8 images (N, 3, 32, 32) with the .ptl file and have them recognised, one by one.
+    """Protect uint8 images (N, 3, 32, 32) as the phone does and have them recognised, one by one.
 
     Returns what left the phone (uint8, like `images`), the answers (N,), and the median
     milliseconds of each stage.
@@ -192,9 +284,9 @@ def play_phone(phone: nn.Module, images: Tensor,
     return torch.stack(sent), torch.tensor(answers), stages
 
 
-def demo(phone: nn.Module, path: str, target: nn.Module, images: Tensor, labels: Tensor,
+def demo(phone: nn.Module, figure: str, target: nn.Module, images: Tensor, labels: Tensor,
          address: tuple[str, int] | None) -> dict:
-    """Run phone and service from end to end on uint8 test images; the figure goes beside `path`.
+    """Run phone and service from end to end on uint8 test images, and draw the figure, a PNG.
 
     Returns a report. Without an `address` the service runs here, in a thread.
     """
@@ -214,25 +306,26 @@ def demo(phone: nn.Module, path: str, target: nn.Module, images: Tensor, labels:
     correct = 100 * (answers == labels).double().mean().item()
     title = f"the service is right on {correct:.1f}% of {len(images):,} protected images"
     batches = {"the user holds": images[:8], "the service gets": sent[:8]}
-    figure = f"{path.removesuffix('.ptl')}.demo.png"
     draw_sheet(figure, [(title, []), *image_rows(batches, labels[:8], {"it": target})])
-    return {"accuracy through phone, network and service": correct, "median ms an image": times,
-            "figure": figure}
+    words = ", ".join(f"{stage} {ms}" for stage, ms in times.items())
+    print(f"{title}; median ms an image: {words}", flush=True)
+    return {"accuracy": correct, "median_ms": times}
 
 
 # --- The command ----------------------------------------------------------------------------------
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Write a generator as a file for PyTorch Mobile and check it; --demo and "
-                    "--serve play the phone and the recognition service (Figure 5).")
+        description="Write a generator as files for ExecuTorch and PyTorch Mobile, and check them; "
+                    "--demo and --serve play the phone and the recognition service (Figure 5).")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--serve", action="store_true", help="run the service until Ctrl-C")
     mode.add_argument("--demo", action="store_true",
-                      help="export, then protect test images and have them recognised")
+                      help="export, then protect test images by the last file and have them "
+                           "recognised")
     parser.add_argument("--generator", metavar="FILE",
                         help="the generator's file (default: a hardened one)")
-    parser.add_argument("--out", metavar="FILE",
-                        help="the file to write (default: runs/NAME.ptl); reports lie beside it")
+    parser.add_argument("--int8", action="store_true",
+                        help="also write a .pte file that computes in 8 bits, a quarter as large")
     parser.add_argument("--images", type=positive_int, default=1000, metavar="N",
                         help="use the first N of the 5,000 test images (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1",
@@ -243,8 +336,11 @@ def main() -> None:
                         help="a service for --demo (default: --demo starts its own)")
     parser.add_argument("--data", default="data", metavar="FOLDER",
                         help="where CIFAR-10 is or goes (default: %(default)s)")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_arguments()
     path = args.generator or find_generators()[0]
     generator, meta = load_generator(path)
     target = None
@@ -265,28 +361,46 @@ def main() -> None:
     if args.connect:
         host, port = args.connect
         address = (host, int(port))
-    out = args.out or f"runs/{os.path.splitext(os.path.basename(path))[0]}.ptl"
-    check_writable(out)
+    if args.int8 and not executorch_is_here():
+        raise UserError("--int8 needs ExecuTorch: pip install executorch")
+    if args.int8 and target is None:
+        raise UserError(f"{path} is for images of your own, and --int8 needs some of them as "
+                        "examples: call export_executorch in Python")
+    size = meta.get("image_size", (32, 32))  # files that ship lack it
+    name = f"runs/{os.path.splitext(os.path.basename(path))[0]}"
+    check_writable(f"{name}.ptl")
+    examples = None
+    labels = None
     if target is None:
-        images = random_images(*meta["image_size"])
+        images = random_images(*size)
     else:
-        images, labels = load_cifar10(args.data)["test"]
-        images = images[:args.images]
-        labels = labels[:args.images]
-    export(generator, out)
-    phone = _load_for_lite_interpreter(out)
-    report = {"file": out, "megabytes": os.path.getsize(out) / 1e6, "generator": path}
-    report |= check(phone, generator, images)
+        data = load_cifar10(args.data)
+        images = data["test"][0][:args.images]
+        labels = data["test"][1][:args.images]
+        if args.int8:
+            examples = data["train"][0][:500]
+
+    phones = export(generator, name, size, examples)
+    report = {"generator": path, "target": meta.get("target"), "images": len(images),
+              "image_size": list(size), "hardware": hardware("cpu"), "torch": torch.__version__}
     if target is not None:
-        report["target"] = meta["target"]
-        report |= check_accuracy(phone, generator, target, images, labels)
+        report["clean_target_accuracy"] = accuracy(target, images, labels)
+        print(f"{meta['target']}: {report['clean_target_accuracy']:.2f}% of {len(images):,} "
+              "original images", flush=True)
+    columns = ("file | MB | ms an image on one thread | largest difference from the generator | "
+               "target accuracy (%) | what shows")
+    print(heading("Files for the phone", columns), end="")
+    report["files"] = {}
+    for file, phone in {path: generator, **phones}.items():
+        report["files"][file] = check(file, phone, generator, images, labels, target)
     if args.demo:
-        report["demo"] = demo(phone, out, target, images, labels, address)
-    text = json.dumps(report, indent=1)
-    save(f"{out}.json", text.encode())
-    print(f"{text}\n-> {out}, {out}.json")
-    if report["largest difference"] > 1e-4:
-        raise UserError(f"{out} gives other images than the generator: see the difference")
+        fastest = list(phones)[-1]
+        report["demo"] = demo(phones[fastest], f"{name}.demo.png", target, images, labels, address)
+    save(f"{name}.phone.json", json.dumps(report, indent=1).encode())
+    print(f"-> {name}.phone.json")
+    for file, result in report["files"].items():
+        if result["largest_difference"] > 1e-4 and not file.endswith("-int8.pte"):
+            raise UserError(f"{file} gives other images than the generator: see the difference")
 
 
 if __name__ == "__main__":

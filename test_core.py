@@ -11,6 +11,7 @@ through the U-Net and the two trainings line by line.
 """
 
 import functools
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -48,6 +49,8 @@ from unet import Generator
 pytestmark = pytest.mark.filterwarnings(  # PyTorch Mobile's, which export_mobile.py silences
     "ignore:.*torch.jit.* is deprecated", "ignore:.*Lite Interpreter is deprecated")
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+needs_executorch = pytest.mark.skipif(importlib.util.find_spec("executorch") is None,
+                                      reason="the package executorch is not installed")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
 forms = pytest.mark.parametrize("form", ["paper", "pretrained", "hardened"])
 ROOT = Path(__file__).resolve().parent
@@ -1708,26 +1711,53 @@ def test_images_that_cannot_be_read_are_named_and_the_others_done(folder, capsys
 
 
 # --- export_mobile.py -----------------------------------------------------------------------------
-@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (1, 3, 37, 50)])
+@pytest.mark.parametrize("size", [(32, 32), (37, 50)])
 @pytest.mark.parametrize("hardened", [False, True])
+@pytest.mark.parametrize("ending", ["ptl", pytest.param("pte", marks=needs_executorch)])
 @torch.no_grad()
-def test_the_phones_file_computes_what_the_generator_computes(tmp_path, hardened, shape):
-    generator = make_generator(hardened)
-    export_mobile.export(generator, f"{tmp_path}/a.ptl")
-    phone = export_mobile._load_for_lite_interpreter(f"{tmp_path}/a.ptl")
-    x = torch.rand(shape)
+def test_the_phones_file_computes_what_the_generator_computes(tmp_path, ending, hardened, size):
+    generator = make_generator(hardened).to(memory_format=torch.channels_last)
+    phone = export_mobile.export(generator, f"{tmp_path}/a", size, None)[f"{tmp_path}/a.{ending}"]
+    x = torch.rand(2, 3, *size).to(memory_format=torch.channels_last)
     assert (generator(x) - x).abs().max() > 0.01  # else the test shows nothing
     assert (phone(x) - generator(x)).abs().max() < 1e-5
 
 
 def test_the_phones_file_has_plain_operators_that_phones_read(tmp_path):
     path = f"{tmp_path}/a.ptl"
-    export_mobile.export(make_generator(), path)
+    export_mobile.export_torchscript(make_generator(), path)
     operators = torch.jit.mobile._get_model_ops_and_info(path)
     for name in operators:
         assert name.startswith("aten::")
     assert "aten::batch_norm" not in operators
     assert export_mobile._get_model_bytecode_version(path) <= 8
+
+
+@needs_executorch
+def test_in_8_bits_the_generator_is_small_and_the_target_recognises_its_ten_pictures(data):
+    generator, _ = load_generator(HARDENED)
+    with tempfile.TemporaryDirectory() as folder:
+        export_mobile.export_executorch(generator, f"{folder}/a.pte", (32, 32),
+                                        data["train"][0][:100])
+        phone = export_mobile.ExecuTorchFile(f"{folder}/a.pte")
+        size = os.path.getsize(f"{folder}/a.pte")
+    images, labels = take(data, 300)["test"]
+    protected = protect(phone, images)
+    target = load_classifier("vgg13_bn")
+    loss = accuracy(target, images, labels) - accuracy(target, protected, labels)
+    assert 7.7e6 < size < 8e6  # a byte for each of 7,766,051 parameters
+    assert len(protected.flatten(1).unique(dim=0)) == 10
+    assert loss < 2
+
+
+@pytest.mark.parametrize("words", [[], ["--int8"]])
+def test_without_executorch_the_command_says_how_to_get_it(folder, monkeypatch, capsys, words):
+    write_generator(f"runs/{NAME}.pt", make_generator(), target="resnet18", aux="none")
+    monkeypatch.setattr(export_mobile, "executorch_is_here", lambda: False)
+    end = call(export_mobile, "--images", "20", *words)
+    assert "pip install executorch" in f"{end} {capsys.readouterr().out}"
+    assert (end == 0) == os.path.exists(f"runs/{NAME}.ptl") == (not words)
+    assert not os.path.exists(f"runs/{NAME}.pte")
 
 
 def start_service():
@@ -1801,16 +1831,18 @@ def test_the_service_says_on_which_free_port_it_listens(folder):
     assert answer.isdigit()
 
 
-def test_the_demo_goes_from_phone_to_service_and_back(folder, shapes):
+@pytest.mark.parametrize("ending", ["ptl", pytest.param("pte", marks=needs_executorch)])
+def test_the_demo_goes_from_phone_to_service_and_back(folder, monkeypatch, shapes, ending):
     generator = make_generator()
     write_generator(f"runs/{NAME}.pt", generator, target="mobilenet_v2", aux="none")
+    monkeypatch.setattr(export_mobile, "executorch_is_here", lambda: ending == "pte")
     assert call(export_mobile, "--demo", "--images", "60") == 0
     images, labels = take(shapes, 60)["test"]
     expected = accuracy(load_classifier("mobilenet_v2"), protect(generator, images), labels)
-    report = json.loads(Path(f"runs/{NAME}.ptl.json").read_text())
-    assert report["accuracy through the file"] == pytest.approx(expected)
-    demo = report["demo"]
-    assert demo["accuracy through phone, network and service"] == pytest.approx(expected)
+    report = json.loads(Path(f"runs/{NAME}.phone.json").read_text())
+    file = report["files"][f"runs/{NAME}.{ending}"]
+    assert file["target_accuracy"] == pytest.approx(expected)
+    assert report["demo"]["accuracy"] == pytest.approx(expected)
 
 
 # --- How fast: python test_core.py ----------------------------------------------------------------

@@ -1,37 +1,68 @@
-// The phone's side in an Android app, with org.pytorch:pytorch_android_lite (1.13.1 or 2.1.0) and the exported file
-// among the assets. Written against the library's interface; it has not been run on a device.
+// The phone's side in an Android app: the Python functions protect() and ask(), in Kotlin. The app needs
+// org.pytorch:executorch-android and androidx.core, and the exported file among its assets, as generator.pte.
+// This has been compiled and run with stand-ins for Android's classes, but not on a device.
 
-import android.content.res.AssetManager
+import android.content.Context
 import android.graphics.Bitmap
+import androidx.core.graphics.BitmapCompat
 import java.io.ByteArrayOutputStream
+import java.io.File
+import java.net.InetSocketAddress
 import java.net.Socket
 import kotlin.math.roundToInt
-import org.pytorch.*
+import org.pytorch.executorch.EValue
+import org.pytorch.executorch.Module
+import org.pytorch.executorch.Tensor
 
 const val SIZE = 32  // pixels a side that the generator was trained for: at that size it hides
+const val TIME_LIMIT = 10_000  // milliseconds that the phone waits for the service
 
-class Phone(assets: AssetManager) {
-    private val generator: Module = LiteModuleLoader.loadModuleFromAsset(assets, "generator.ptl")  // once
+class Phone(context: Context) {
+    private val generator: Module
 
-    // The picture is shrunk first, and protected then.
-    // The file normalises by itself: whoever uses TensorImageUtils passes mean (0, 0, 0) and deviation (1, 1, 1).
+    init {
+        val file = File(context.filesDir, "generator.pte")  // ExecuTorch reads files, not assets
+        context.assets.open("generator.pte").use { asset ->
+            file.outputStream().use { asset.copyTo(it) }
+        }
+        generator = Module.load(file.path)
+    }
+
+    // The picture must be upright and opaque. It is shrunk first and protected then. Pillow shrinks with a bicubic
+    // filter; the nearest that Android has is BitmapCompat, which halves a picture with a bilinear one until it fits.
     fun protect(picture: Bitmap): Bitmap {
-        val small = Bitmap.createScaledBitmap(picture, SIZE, SIZE, true)
+        val small = BitmapCompat.createScaledBitmap(picture, SIZE, SIZE, null, false)
         val n = SIZE * SIZE
-        val pixels = IntArray(n).also { small.getPixels(it, 0, SIZE, 0, 0, SIZE, SIZE) }
-        val x = FloatArray(3 * n) { (pixels[it % n] shr (16 - 8 * (it / n)) and 255) / 255f }  // all R, all G, all B
+        val pixels = IntArray(n)
+        small.getPixels(pixels, 0, SIZE, 0, 0, SIZE, SIZE)
+        val x = FloatArray(3 * n)  // all reds, all greens, all blues
+        for (i in 0 until n) {
+            x[i] = (pixels[i] shr 16 and 255) / 255f
+            x[n + i] = (pixels[i] shr 8 and 255) / 255f
+            x[2 * n + i] = (pixels[i] and 255) / 255f
+        }
         val image = Tensor.fromBlob(x, longArrayOf(1, 3, SIZE.toLong(), SIZE.toLong()))
-        val y = generator.forward(IValue.from(image)).toTensor().dataAsFloatArray
-        fun level(i: Int) = (y[i] * 255).roundToInt()
-        for (i in 0 until n) pixels[i] = (255 shl 24) or (level(i) shl 16) or (level(n + i) shl 8) or level(2 * n + i)
+        val y = generator.forward(EValue.from(image))[0].toTensor().dataAsFloatArray
+        for (i in 0 until n) {
+            val red = (255 * y[i]).roundToInt()
+            val green = (255 * y[n + i]).roundToInt()
+            val blue = (255 * y[2 * n + i]).roundToInt()
+            pixels[i] = (255 shl 24) or (red shl 16) or (green shl 8) or blue
+        }
         return Bitmap.createBitmap(pixels, SIZE, SIZE, Bitmap.Config.ARGB_8888)
     }
 }
 
-// The protocol of the authors' app, for CIFAR-10's ten classes. Call it off the main thread. It returns the class, 0 to 9;
-// negative if the service refused the picture.
-fun recognise(picture: Bitmap, host: String, port: Int): Int = Socket(host, port).use {
-    val png = ByteArrayOutputStream().also { picture.compress(Bitmap.CompressFormat.PNG, 100, it) }.toByteArray()
-    it.getOutputStream().write(png.size.toString().padEnd(16).toByteArray() + png)
-    it.getInputStream().read() - '0'.code
+// The protocol of the authors' app, for CIFAR-10's ten classes. Call this off the main thread. It returns the class,
+// 0 to 9; negative if the service refused the picture. It throws an IOException if the service is not there.
+fun recognise(picture: Bitmap, host: String, port: Int): Int {
+    val png = ByteArrayOutputStream()
+    picture.compress(Bitmap.CompressFormat.PNG, 100, png)
+    val length = png.size().toString().padEnd(16)
+    Socket().use { connection ->
+        connection.connect(InetSocketAddress(host, port), TIME_LIMIT)
+        connection.soTimeout = TIME_LIMIT
+        connection.getOutputStream().write(length.toByteArray() + png.toByteArray())
+        return connection.getInputStream().read() - '0'.code
+    }
 }
