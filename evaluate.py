@@ -596,7 +596,6 @@ def milliseconds(network: nn.Module, batch_size: int, device: str, h: int = 32,
                  w: int = 32) -> float:
     """Return ms an image of h x w: the median of a second of runs, after three to warm up."""
     x = torch.rand(batch_size, 3, h, w, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
     seconds = []
     while len(seconds) < 6 or sum(seconds[3:]) < 1:
         start = time.perf_counter()

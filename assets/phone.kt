@@ -1,6 +1,7 @@
-// The phone's side in an Android app: the Python functions protect() and ask(), in Kotlin. The app needs
-// org.pytorch:executorch-android and androidx.core, and the exported file among its assets, as generator.pte.
-// This has been compiled and run with stand-ins for Android's classes, but not on a device.
+// The phone's side in an Android app: the Python functions protect() and ask(), in Kotlin. The app needs androidx.core,
+// org.pytorch:executorch-android of the version that exported the file, the file among its assets, as generator.pte, and
+// the permission android.permission.INTERNET. This has been compiled and run with stand-ins for the classes of Android,
+// androidx and ExecuTorch, never with the real ones.
 
 import android.content.Context
 import android.graphics.Bitmap
@@ -17,6 +18,7 @@ import org.pytorch.executorch.Tensor
 const val SIZE = 32  // pixels a side that the generator was trained for: at that size it hides
 const val TIME_LIMIT = 10_000  // milliseconds that the phone waits for the service
 
+// Make one Phone, off the main thread: it copies and loads the file.
 class Phone(context: Context) {
     private val generator: Module
 
@@ -28,8 +30,8 @@ class Phone(context: Context) {
         generator = Module.load(file.path)
     }
 
-    // The picture must be upright and opaque. It is shrunk first and protected then. Pillow shrinks with a bicubic
-    // filter; the nearest that Android has is BitmapCompat, which halves a picture with a bilinear one until it fits.
+    // The picture must be upright and opaque. It is shrunk first, then protected. Pillow, in open_image, shrinks with a
+    // bicubic filter; the nearest for Android is BitmapCompat's: steps of a bilinear one, most of them by a half.
     fun protect(picture: Bitmap): Bitmap {
         val small = BitmapCompat.createScaledBitmap(picture, SIZE, SIZE, null, false)
         val n = SIZE * SIZE
