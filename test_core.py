@@ -1761,9 +1761,19 @@ def test_without_executorch_the_command_says_how_to_get_it(folder, monkeypatch, 
     monkeypatch.setattr(export_mobile, "executorch_is_here", lambda: False)
     assert "pip install executorch" in call(export_mobile, "--int8")
     assert call(export_mobile, "--images", "20") == 0
-    assert "pip install executorch" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pip install executorch" in printed
+    assert f"runs/{NAME}.pte is of an earlier export" in printed
     assert os.path.exists(f"runs/{NAME}.ptl")
-    assert not os.path.exists(f"runs/{NAME}.pte")
+
+
+def test_a_file_that_gives_other_images_is_refused(folder, monkeypatch):
+    write_generator(f"runs/{NAME}.pt", make_generator(), target="resnet18", aux="none")
+    another = Generator().eval()
+    export = export_mobile.export_torchscript
+    monkeypatch.setattr(export_mobile, "export_torchscript", lambda _, path: export(another, path))
+    monkeypatch.setattr(export_mobile, "executorch_is_here", lambda: False)
+    assert "gives other images than the generator" in call(export_mobile, "--images", "20")
 
 
 def start_service():

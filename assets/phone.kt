@@ -1,7 +1,10 @@
-// The phone's side in an Android app: the Python functions protect() and ask(), in Kotlin. The app needs androidx.core,
-// org.pytorch:executorch-android of the version that exported the file, the file among its assets, as generator.pte, and
-// the permission android.permission.INTERNET. This has been compiled and run with stand-ins for the classes of Android,
-// androidx and ExecuTorch, never with the real ones.
+// The phone's side in an Android app: the Python functions protect() and ask(), in Kotlin.
+//
+//     val answer = recognise(Phone(context).protect(photo), host, port)
+//
+// The app needs androidx.core; org.pytorch:executorch-android, of the version that exported the file; the file,
+// in 32 or in 8 bits, among its assets, as generator.pte; and the permission android.permission.INTERNET. This has
+// been compiled and run with stand-ins for the classes of Android, androidx and ExecuTorch, never with the real ones.
 
 import android.content.Context
 import android.graphics.Bitmap
@@ -55,11 +58,12 @@ class Phone(context: Context) {
     }
 }
 
-// The protocol of the authors' app, for CIFAR-10's ten classes. Call this off the main thread. It returns the class,
-// 0 to 9; negative if the service refused the picture. It throws an IOException if the service is not there.
-fun recognise(picture: Bitmap, host: String, port: Int): Int {
+// The protocol of the authors' app. Call this off the main thread, and only with what protect() has returned. It
+// returns CIFAR-10's class, 0 to 9 (airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck); negative
+// if the service refused the picture. It throws an IOException if the service is not there.
+fun recognise(protected: Bitmap, host: String, port: Int): Int {
     val png = ByteArrayOutputStream()
-    picture.compress(Bitmap.CompressFormat.PNG, 100, png)
+    protected.compress(Bitmap.CompressFormat.PNG, 100, png)
     val length = png.size().toString().padEnd(16)
     Socket().use { connection ->
         connection.connect(InetSocketAddress(host, port), TIME_LIMIT)
