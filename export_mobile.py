@@ -16,7 +16,6 @@ images of 32 x 32, ten classes.
 
 import argparse
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -146,7 +145,7 @@ def export(generator: Generator, name: str, size: Sequence[int],
     int8 = f"{name}-int8.pte"
     torchscript = f"{name}.ptl"
     phones = {}
-    if executorch_is_here():
+    if executorch_version() is not None:
         print(f"writing {float32}", flush=True)
         export_executorch(generator, float32, size)
         phones[float32] = ExecuTorchFile(float32)
@@ -165,8 +164,12 @@ def export(generator: Generator, name: str, size: Sequence[int],
     return phones
 
 
-def executorch_is_here() -> bool:
-    return importlib.util.find_spec("executorch") is not None
+def executorch_version() -> str | None:
+    """Return the version of the package executorch, None where it is not installed."""
+    try:
+        return importlib.metadata.version("executorch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 # --- Checking them --------------------------------------------------------------------------------
@@ -373,7 +376,7 @@ def main() -> None:
     if args.connect:
         host, port = args.connect
         address = (host, int(port))
-    if args.int8 and not executorch_is_here():
+    if args.int8 and executorch_version() is None:
         raise UserError("--int8 needs ExecuTorch: pip install executorch")
     if args.int8 and target is None:
         raise UserError(f"{path} is for images of your own: for 8 bits call export_executorch in "
@@ -394,9 +397,8 @@ def main() -> None:
 
     phones = export(generator, name, size, examples)
     report = {"generator": path, "target": meta.get("target"), "images": len(images),
-              "image_size": list(size), "hardware": hardware("cpu"), "torch": torch.__version__}
-    if executorch_is_here():
-        report["executorch"] = importlib.metadata.version("executorch")
+              "image_size": list(size), "hardware": hardware("cpu"), "torch": torch.__version__,
+              "executorch": executorch_version()}
     if target is not None:
         report["clean_target_accuracy"] = accuracy(target, images, labels)
         print(f"{meta['target']}: {report['clean_target_accuracy']:.2f}% of {len(images):,} "

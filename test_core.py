@@ -11,7 +11,6 @@ through the U-Net and the two trainings line by line.
 """
 
 import functools
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -49,7 +48,7 @@ from unet import Generator
 pytestmark = pytest.mark.filterwarnings(  # PyTorch Mobile's, which export_mobile.py silences
     "ignore:.*torch.jit.* is deprecated", "ignore:.*Lite Interpreter is deprecated")
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-needs_executorch = pytest.mark.skipif(importlib.util.find_spec("executorch") is None,
+needs_executorch = pytest.mark.skipif(export_mobile.executorch_version() is None,
                                       reason="the package executorch is not installed")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
 forms = pytest.mark.parametrize("form", ["paper", "pretrained", "hardened"])
@@ -1758,7 +1757,7 @@ def test_in_8_bits_the_target_recognises_the_same_ten_pictures(tmp_path, data):
 def test_without_executorch_the_command_says_how_to_get_it(folder, monkeypatch, capsys):
     write_generator(f"runs/{NAME}.pt", make_generator(), target="resnet18", aux="none")
     Path(f"runs/{NAME}.pte").write_text("of another generator")
-    monkeypatch.setattr(export_mobile, "executorch_is_here", lambda: False)
+    monkeypatch.setattr(export_mobile, "executorch_version", lambda: None)
     assert "pip install executorch" in call(export_mobile, "--int8")
     assert call(export_mobile, "--images", "20") == 0
     printed = capsys.readouterr().out
@@ -1772,7 +1771,7 @@ def test_a_file_that_gives_other_images_is_refused(folder, monkeypatch):
     another = Generator().eval()
     export = export_mobile.export_torchscript
     monkeypatch.setattr(export_mobile, "export_torchscript", lambda _, path: export(another, path))
-    monkeypatch.setattr(export_mobile, "executorch_is_here", lambda: False)
+    monkeypatch.setattr(export_mobile, "executorch_version", lambda: None)
     assert "gives other images than the generator" in call(export_mobile, "--images", "20")
 
 
@@ -1851,7 +1850,8 @@ def test_the_service_says_on_which_free_port_it_listens(folder):
 def test_the_demo_goes_from_phone_to_service_and_back(folder, monkeypatch, shapes, ending):
     generator = make_generator()
     write_generator(f"runs/{NAME}.pt", generator, target="mobilenet_v2", aux="none")
-    monkeypatch.setattr(export_mobile, "executorch_is_here", lambda: ending == "pte")
+    if ending == "ptl":
+        monkeypatch.setattr(export_mobile, "executorch_version", lambda: None)
     assert call(export_mobile, "--demo", "--images", "60") == 0
     images, labels = take(shapes, 60)["test"]
     expected = accuracy(load_classifier("mobilenet_v2"), protect(generator, images), labels)

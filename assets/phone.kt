@@ -1,6 +1,7 @@
 // The phone's side in an Android app: the Python functions protect() and ask(), in Kotlin.
 //
-//     val answer = recognise(Phone(context).protect(photo), host, port)
+//     val phone = Phone(context)
+//     val answer = recognise(phone.protect(photo), host, port)
 //
 // The app needs androidx.core; org.pytorch:executorch-android, of the version that exported the file; the file,
 // in 32 or in 8 bits, among its assets, as generator.pte; and the permission android.permission.INTERNET. This has
