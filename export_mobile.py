@@ -411,7 +411,9 @@ def main() -> None:
         report["files"][file] = check(file, phone, generator, images, labels, target)
     if args.demo:
         first = list(phones)[0]
-        report["demo"] = demo(phones[first], f"{name}.demo.png", target, images, labels, address)
+        print(f"phone and service, with {first}", flush=True)
+        result = demo(phones[first], f"{name}.demo.png", target, images, labels, address)
+        report["demo"] = {"file": first, **result}
         print(f"-> {name}.demo.png")
     save(f"{name}.phone.json", json.dumps(report, indent=1).encode())
     print(f"-> {name}.phone.json")
