@@ -7,8 +7,8 @@ looks). "encoder", the U-Net's contracting path, is trained in the same way. In 
 
     the networks      Classifier, build_classifier, load_classifier
     CIFAR-10          load_cifar10, to_float, random_crop_flip, scoring_batches
-    the training      learning_rate, answers, accuracy (Eq. 5), Muon, train_classifier
-    before it         check_data, check_classifier
+    a training        learning_rate, answers, accuracy (Eq. 5), Muon, train_classifier
+    its checks        check_data, check_classifier
     for every script  files, settings that must agree, precision, progress
     the command       main
 """
@@ -28,7 +28,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.inception import BasicConv2d
 
-from unet import BOTTLENECK, MEAN, STD, Encoder, pad_to_16
+from unet import BOTTLENECK, Encoder, Normalize
 
 CLASSIFIERS = ("vgg13_bn", "vgg16_bn", "resnet18", "resnet34", "densenet121", "mobilenet_v2",
                "googlenet", "inception_v3")  # Table 1, in its order
@@ -60,20 +60,18 @@ class Classifier(nn.Module):
 
     def __init__(self, net: nn.Module):
         super().__init__()
+        self.normalize = Normalize()
         self.net = net
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net((x - self.mean) / self.std)
+        return self.net(self.normalize(x))
 
 
 class EncoderClassifier(Encoder):
     """The U-Net's encoder with a linear layer on top, so that it can learn to recognise.
 
-    It takes normalised images (N, 3, H, W) and pads them as the generator does. The features
-    (N, 512) are the mean of the last feature map over its places; the linear layer makes logits
-    (N, classes) of them.
+    It takes normalised images (N, 3, H, W). The features (N, 512) are the mean of the last feature
+    map over its places; the linear layer makes logits (N, classes) of them.
     """
 
     def __init__(self, classes: int):
@@ -81,7 +79,7 @@ class EncoderClassifier(Encoder):
         self.linear = nn.Linear(BOTTLENECK, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        maps = super().forward(pad_to_16(x))
+        maps = super().forward(x)
         return maps[-1].mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -295,6 +293,12 @@ def learning_rate(step: int, steps: int, max_lr: float) -> float:
     return max_lr * (1 + math.cos(math.pi * share)) / 2
 
 
+def learning_rates(epoch: int, epochs: int, steps: int, max_lr: float) -> list[float]:
+    """Return the learning rates of epoch 1 to `epochs`, each of which has the same steps."""
+    first = (epoch - 1) * steps
+    return [learning_rate(first + step, epochs * steps, max_lr) for step in range(steps)]
+
+
 @torch.no_grad()
 def answers(classifier: nn.Module, images: Tensor) -> Tensor:
     """Return the class that a classifier sees in each of uint8 images (N, 3, H, W): int64 (N,)."""
@@ -366,19 +370,20 @@ class Muon(torch.optim.Optimizer):
             p.sub_(update, alpha=group["lr"])
 
 
-def train_classifier_epoch(model: nn.Module, images: Tensor, labels: Tensor, muon: Muon,
-                           sgd: torch.optim.SGD, rates: list[float], batch_size: int,
-                           flip: bool, precision: str) -> Iterator[Tensor]:
-    """Train for one epoch, a step for each learning rate, and yield the loss of each step.
+def train_classifier_epoch(model: Classifier, images: Tensor, labels: Tensor, muon: Muon,
+                           sgd: torch.optim.SGD, rates: list[float], settings: dict) -> Tensor:
+    """Train for one epoch, a step for each learning rate, and return the losses (steps,).
 
     images are uint8 (N, 3, H, W), labels int64 (N,). A rest smaller than a batch is dropped.
+    `settings` are those of train_classifier.
     """
-    model.train()
+    losses = []
+    start = time.monotonic()
     order = torch.randperm(len(images), device=images.device)
-    for batch, rate in zip(order.split(batch_size), rates):
-        x = to_float(random_crop_flip(images[batch], flip))
+    for batch, rate in zip(order.split(settings["batch_size"]), rates):
+        x = to_float(random_crop_flip(images[batch], settings["flip"]))
         y = labels[batch]
-        with autocast(images.device.type, precision):
+        with autocast(images.device.type, settings["precision"]):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), y)
         loss.backward()
@@ -387,7 +392,9 @@ def train_classifier_epoch(model: nn.Module, images: Tensor, labels: Tensor, muo
         muon.step()
         sgd.step()
         model.zero_grad()
-        yield loss.detach()
+        losses.append(loss.detach())
+        print_progress(len(losses), len(rates), start, len(y))
+    return torch.stack(losses)
 
 
 def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 20,
@@ -396,17 +403,14 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
                      seed: int = 0) -> Classifier:
     """Train a classifier with plain cross-entropy, write it to path.pt, and return it in eval mode.
 
-    `data` is like load_cifar10's, on `device`, with any number of classes and images of any size
-    from 16 x 16 up; "test" may be missing. `flip` mirrors training images at random. The last
-    weights are kept, so only "train" decides anything. Precision is "bf16" or "fp32", by default
-    the faster one. After a stop, the same call goes on from the last finished epoch; if path.pt is
-    finished, it is read. Raises UserError if path.pt or its checkpoint has other settings or data,
-    if it cannot be written, or if the loss is not finite; ValueError if the model is no Classifier;
-    and what check_data and check_classifier raise.
+    The model is one that build_classifier makes. `data` is like load_cifar10's, on `device`, with
+    any number of classes and images of any size from 16 x 16 up; "test" may be missing. `flip`
+    mirrors training images at random. The last weights are kept, so only "train" decides anything.
+    Precision is "bf16" or "fp32", by default the faster one. After a stop, the same call goes on
+    from the last finished epoch; if path.pt is finished, it is read. Raises UserError if path.pt or
+    its checkpoint has other settings or data, if it cannot be written, or if the loss is not
+    finite; and what check_data and check_classifier raise.
     """
-    if not isinstance(model, Classifier):
-        raise ValueError("train_classifier trains a Classifier, as build_classifier makes it, not "
-                         f"{type(model).__name__}")
     device = str(device)
     model.to(device)
     check_data(data)
@@ -423,13 +427,13 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
         return model.eval()
     checkpoint = load_checkpoint(path, settings)
     if checkpoint is not None:
-        precision = checkpoint["settings"]["precision"]
+        settings["precision"] = checkpoint["settings"]["precision"]
     elif precision is None:
-        precision = choose_precision(device, "bf16")  # not fp16, which would need a GradScaler
-    settings["precision"] = precision
-    kernels = [parameter for parameter in model.parameters() if parameter.dim() == 4]
-    others = [parameter for parameter in model.parameters() if parameter.dim() != 4]
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        settings["precision"] = choose_precision(device, "bf16")  # fp16 would need a GradScaler
+
+    kernels = [parameter for parameter in model.net.parameters() if parameter.dim() == 4]
+    others = [parameter for parameter in model.net.parameters() if parameter.dim() != 4]
+    dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
     muon = Muon(kernels, lr, momentum=0.9, dtype=dtype)
     sgd = torch.optim.SGD(others, lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
     log = []
@@ -439,45 +443,36 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
         sgd.load_state_dict(checkpoint["sgd"])
         log = checkpoint["log"]
 
-    steps_per_epoch = len(images) // batch_size
-    steps = epochs * steps_per_epoch
-    print(f"{path}: {epochs} epochs of {steps_per_epoch} steps", flush=True)
+    steps = len(images) // batch_size  # of an epoch
+    print(f"{path}: {epochs} epochs of {steps} steps", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)  # so that a resumed run draws the same
+        model.train()
         start = time.monotonic()
-        first_step = (epoch - 1) * steps_per_epoch
-        rates = [learning_rate(first_step + i, steps, lr) for i in range(steps_per_epoch)]
-        losses = []
-        for loss in train_classifier_epoch(model, images, labels, muon, sgd, rates, batch_size,
-                                           flip, precision):
-            losses.append(loss)
-            if len(losses) % 50 == 0:
-                print_progress(path, epoch, epochs, start, len(losses), steps_per_epoch, batch_size)
-        mean_loss = torch.stack(losses).mean().item()  # waits for a GPU
+        rates = learning_rates(epoch, epochs, steps, lr)
+        losses = train_classifier_epoch(model, images, labels, muon, sgd, rates, settings)
+        loss = losses.mean().item()  # waits for a GPU
+        check_finite(loss, path)
         seconds = time.monotonic() - start
 
-        if not math.isfinite(mean_loss):
-            raise UserError(f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr, "
-                            "and delete its .checkpoint")
-        with autocast(device, precision):
+        with autocast(device, settings["precision"]):
             validation_accuracy = accuracy(model.eval(), validation_images, validation_labels)
-        log.append({"epoch": epoch, "loss": mean_loss, "validation_accuracy": validation_accuracy,
+        log.append({"epoch": epoch, "loss": loss, "validation_accuracy": validation_accuracy,
                     "seconds": seconds})
-        checkpoint = {"model": model.state_dict(), "muon": muon.state_dict(),
-                      "sgd": sgd.state_dict(), "log": log, "settings": settings}
-        save(f"{path}.checkpoint", checkpoint)
-        print(f"{path}  epoch {epoch}/{epochs}  loss {mean_loss:.3f}, "
-              f"validation {validation_accuracy:.2f}%", flush=True)
+        save(f"{path}.checkpoint", {"model": model.state_dict(), "muon": muon.state_dict(),
+                                    "sgd": sgd.state_dict(), "log": log, "settings": settings})
+        print(f"{path}  epoch {epoch}/{epochs}, {(epochs - epoch) * seconds / 60:.0f} min left: "
+              f"loss {loss:.3f}, validation {validation_accuracy:.2f}%", flush=True)
 
     weights = to_16_bits(model.net.state_dict())
     model.net.load_state_dict(weights)  # the accuracies are those of the stored weights
     model.eval()
-    meta = settings | {"hardware": hardware(device), "log": log}
+    meta = settings | {"hardware": hardware(device)}
     meta["validation_accuracy"] = accuracy(model, validation_images, validation_labels)
     if "test" in data:
         meta["test_accuracy"] = accuracy(model, *data["test"])
         print(f"{path}.pt  {meta['test_accuracy']:.2f}% of the test images")
-    save(f"{path}.pt", {"classifier": weights, "meta": meta})
+    save(f"{path}.pt", {"classifier": weights, "meta": meta, "log": log})
     os.remove(f"{path}.checkpoint")
     return model
 
@@ -711,15 +706,15 @@ def time_convolutions(precision: str) -> float:
     return min(seconds)
 
 
-def choose_precision(device: str, on_gpu: str) -> str:
-    """Return the precision: on a GPU `on_gpu`, but "fp32" in place of a "bf16" that it lacks.
+def choose_precision(device: str, for_gpu: str) -> str:
+    """Return the precision for a device: on a GPU `for_gpu`, but "fp32" if it lacks "bf16".
 
     On a CPU it is measured, in two seconds, because some CPUs have bf16 and are slower with it.
     """
     if device.startswith("cuda"):
-        if on_gpu == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        if for_gpu == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
             return "fp32"
-        return on_gpu
+        return for_gpu
     if device == "cpu" and time_convolutions("bf16") < time_convolutions("fp32"):
         return "bf16"
     return "fp32"
@@ -732,13 +727,19 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], dtype, enabled=dtype is not None)
 
 
-def print_progress(path: str, epoch: int, epochs: int, start: float, steps: int,
-                   steps_per_epoch: int, batch_size: int) -> None:
-    """Print how fast the epoch goes, `steps` steps after `start`, and how long the rest takes."""
-    seconds_per_step = (time.monotonic() - start) / steps
-    steps_left = (epochs - epoch + 1) * steps_per_epoch - steps
-    print(f"{path}  epoch {epoch}/{epochs}  {batch_size / seconds_per_step:.0f} images/s, "
-          f"{steps_left * seconds_per_step / 60:.0f} min left", flush=True)
+def print_progress(step: int, steps: int, start: float, batch_size: int) -> None:
+    """Print after every 50th step of an epoch how fast it goes, and how long it still takes."""
+    if step % 50 == 0:
+        seconds = (time.monotonic() - start) / step
+        print(f"  step {step}/{steps}: {batch_size / seconds:.0f} images/s, "
+              f"{(steps - step) * seconds / 60:.0f} min left of this epoch", flush=True)
+
+
+def check_finite(loss: float, path: str) -> None:
+    """Raise UserError if a loss has become infinite or no number, since that does not heal."""
+    if not math.isfinite(loss):
+        raise UserError(f"{path}: the loss is not finite: try a lower learning rate, or precision "
+                        "fp32, and delete its .checkpoint")
 
 
 def hardware(device: str) -> str:
@@ -754,17 +755,6 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
-def seed_number(text: str) -> int:
-    """Parse a seed, for argparse: 0 to 2^29 - 1.
-
-    PyTorch's generator for a CPU takes 32 bits of 1000 * seed + epoch; higher seeds would repeat.
-    """
-    value = int(text)
-    if not 0 <= value < 2 ** 29:
-        raise argparse.ArgumentTypeError(f"{value} is not 0 to {2 ** 29 - 1}")
     return value
 
 
@@ -786,7 +776,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=present_device, default=device,
                         help="cpu, cuda, cuda:1 (default: %(default)s)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.add_argument("--data", default="data", metavar="FOLDER",
                         help="where CIFAR-10 is or goes (default: %(default)s)")
 
@@ -810,19 +799,16 @@ def main() -> None:
         description="Train classifiers of Table 1 on CIFAR-10 from scratch, into runs/.")
     parser.add_argument("--arch", nargs="+", required=True, metavar="NAME",
                         choices=[*CLASSIFIERS, "encoder", "all"],
-                        help=f"{', '.join(CLASSIFIERS)}, encoder (the U-Net's); all: every one of "
-                             "Table 1, and encoder if named, that is not there yet")
+                        help=f"{', '.join(CLASSIFIERS)}, encoder (the U-Net's); all: every one "
+                             "that is not there yet")
     parser.add_argument("--epochs", type=positive_int, help="(default: 20; encoder: 40)")
-    parser.add_argument("--lr", type=float, default=0.03,
-                        help="the highest learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_common_arguments(parser)
     args = parser.parse_args()
     names = args.arch
     if "all" in names:
         names = []
         for name in (*CLASSIFIERS, "encoder"):
-            if name == "encoder" and name not in args.arch:
-                continue
             path = find_classifier(name)
             if path is None:
                 names.append(name)
@@ -836,8 +822,8 @@ def main() -> None:
             epochs = args.epochs or 40  # no generator recognises more than it does
         torch.manual_seed(args.seed)
         model = build_classifier(name)
-        train_classifier(model, data, f"runs/{name}", epochs=epochs, lr=args.lr,
-                         device=args.device, seed=args.seed)
+        train_classifier(model, data, f"runs/{name}", epochs=epochs, device=args.device,
+                         seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from classifiers import (CLASSIFIERS, FOLDERS, UserError, accuracy, add_common_a
                          fingerprint, hardware, load_cifar10, load_classifier, network_fingerprint,
                          percent, positive_int, run, save, scoring_batches, to_float)
 from ssim import ssim
-from train import (AUXILIARY_MODELS, FORMS, VISIBLE, describe_visibility, encode_png,
-                   load_generator, protect, score, standardize, visibility)
+from train import (AUXILIARY_MODELS, FORMS, VISIBLE, describe_visibility, load_generator, protect,
+                   score, standardize)
 from unet import Generator
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -61,63 +61,53 @@ TABLE_3 = {
 
 
 # --- The scores of one generator ------------------------------------------------------------------
-def jpeg(images: Tensor, subsampling: str) -> Tensor:
-    """Return uint8 images (N, 3, H, W) as a JPEG file gives them back; 4:2:0 halves the colour."""
+def to_pillow(image: Tensor) -> Image.Image:
+    """Turn a uint8 image (3, H, W) into one of Pillow's."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def from_pillow(image: Image.Image) -> Tensor:
+    """Turn an RGB image of Pillow's into uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def jpeg(images: Tensor) -> Tensor:
+    """Return uint8 images (N, 3, H, W) as a JPEG file gives them back, which halves the colour."""
     received = []
-    for image in images.permute(0, 2, 3, 1).cpu().numpy():
+    for image in images:
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=75, subsampling=subsampling)
-        received.append(np.array(Image.open(file)))
-    return torch.from_numpy(np.stack(received)).permute(0, 3, 1, 2).to(images.device)
+        to_pillow(image).save(file, "JPEG", quality=75, subsampling="4:2:0")
+        received.append(from_pillow(Image.open(file)))
+    return torch.stack(received).to(images.device)
 
 
-def repeats(service_answers: Tensor, target_answers: Tensor, encoder_answers: Tensor) -> dict:
-    """Say whom the service repeats, where the generator starts from an encoder.
-
-    service_answers (N,) are the target's to the protected images; the others are those of target
-    and encoder to the originals. "encoder" is the percentage of service_answers that are the
-    encoder's. "disagree" is the number of images on which target and encoder disagree. Of these,
-    "then_encoder" and "then_target" are the percentages on which the service follows either.
-    """
-    as_encoder = service_answers == encoder_answers
-    as_target = service_answers == target_answers
-    disputed = target_answers != encoder_answers
-    result = {"encoder": percent(as_encoder), "disagree": disputed.sum().item(),
-              "then_encoder": None, "then_target": None}
-    if disputed.any():
-        result["then_encoder"] = percent(as_encoder[disputed])
-        result["then_target"] = percent(as_target[disputed])
-    return result
+def networks_of(meta: dict) -> dict[str, str]:
+    """Return the names of the networks that a generator was trained with, by their roles."""
+    names = {"target": meta["target"], "aux": meta["aux"], "encoder": "encoder"}
+    return {role: name for role, name in names.items() if meta[f"{role}_sha256"] != "none"}
 
 
-def evaluate_generator(generator: nn.Module, meta: dict, classifiers: dict, seen: dict,
+def evaluate_generator(generator: nn.Module, meta: dict, classifiers: dict, clean_answers: dict,
                        images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
     """Return all scores of one generator on uint8 images (N, 3, H, W), and the protected images.
 
-    `meta` is that of its file. `classifiers` and `seen` are dicts by name; seen holds the target's
-    answers to the original images and, if the form starts from it, those of the encoder.
+    `meta` is that of its file. `classifiers` and `clean_answers` are dicts by name; the latter
+    holds what target and encoder answer to the original images. "repeats" is how often the target's
+    answer to a protected image is the encoder's to the original, in percent, where the form starts
+    from the encoder. --attack adds "read_back" and "linked".
     """
     protected = protect(generator, images)
-    target_name, aux_name = meta["target"], meta["aux"]
-    target = classifiers[target_name]
-    result = score(images, protected, target, classifiers.get(aux_name), labels)
-    del result["loss"]  # each form is trained with a loss of its own
-    result["target"] = target_name
-    result["aux"] = aux_name
-    result["clean_target_accuracy"] = percent(seen[target_name] == labels)  # Eq. (5)
+    target = classifiers[meta["target"]]
+    aux = classifiers.get(meta["aux"])
+    result = score(images, protected, target, aux, labels)
+    result["target"] = meta["target"]
+    result["aux"] = meta["aux"]
+    result["clean_target_accuracy"] = percent(clean_answers[meta["target"]] == labels)  # Eq. (5)
     result["own_less_other"] = result["visibility"]["own"] - result["visibility"]["other"]
-    result["jpeg"] = {}
-    for subsampling in ("4:4:4", "4:2:0"):
-        received = jpeg(protected, subsampling)
-        result["jpeg"][subsampling] = accuracy(target, received, labels)
-    result["unseen"] = {}  # classifiers that the generator never met
-    for name in CLASSIFIERS:
-        if name in classifiers and name not in (target_name, aux_name):
-            result["unseen"][name] = accuracy(classifiers[name], protected, labels)
-    result |= {"repeats": None, "read_back": None, "linked": None}  # --attack fills the last two
-    if FORMS[meta["form"]]["start"] == "encoder":
-        service_answers = answers(target, protected)
-        result["repeats"] = repeats(service_answers, seen[target_name], seen["encoder"])
+    result["jpeg"] = accuracy(target, jpeg(protected), labels)
+    result |= {"repeats": None, "read_back": None, "linked": None}
+    if "encoder" in networks_of(meta):
+        result["repeats"] = percent(answers(target, protected) == clean_answers["encoder"])
     return result, protected
 
 
@@ -132,18 +122,17 @@ def correlations(images: Tensor, candidates: Tensor) -> Tensor:
     return x[:, 0] @ y[:, 0].T
 
 
-def score_matches(similarity: Tensor) -> tuple[float, float]:
-    """Return how many images are found, in percent, and the median rank of their own candidates.
+def share_found(similarity: Tensor) -> float:
+    """Return how many images are found, in percent.
 
     similarity is float64 (N, M), N <= M. The own candidate of image i is candidate i. It is found
     if no other is more similar; if it is one of n that are equally similar, it counts 1 / n.
     """
     advantage = similarity - similarity.diagonal()[:, None]  # of each candidate over the own one
-    more = (advantage > 1e-10).sum(1)  # smaller differences are rounding errors
+    beaten = (advantage > 1e-10).any(1)  # smaller differences are rounding errors
     equal = (advantage.abs() <= 1e-10).sum(1)
-    shares = (more == 0).double() / equal
-    ranks = more + (equal + 1) / 2
-    return 100 * shares.mean().item(), ranks.quantile(0.5).item()
+    shares = torch.where(beaten, 0.0, 1 / equal)
+    return 100 * shares.double().mean().item()
 
 
 def shrink(images: Tensor) -> Tensor:
@@ -184,21 +173,6 @@ def ridge_regression(sent: dict[str, Tensor], originals: dict[str, Tensor]) -> T
     return recovered.clamp(0, 1)
 
 
-def score_recovered(recovered: Tensor, originals: Tensor) -> dict:
-    """Score what was read back beside the originals, both (N, 3, H, W) in [0, 1]; psnr is in dB."""
-    errors = ((recovered - originals) ** 2).mean(dim=(1, 2, 3))
-    errors = errors.clamp(min=1e-10)  # at most 100 dB
-    found, median_rank = score_matches(correlations(recovered, originals))
-    return {"psnr": -10 * errors.log10().mean().item(),
-            "ssim": ssim(originals, recovered).mean().item(),
-            "found": found, "median_rank": median_rank}
-
-
-def describe_recovered(scores: dict) -> str:
-    return (f"found {scores['found']:.1f}%, median rank {scores['median_rank']:.1f}, "
-            f"SSIM {scores['ssim']:.3f}, PSNR {scores['psnr']:.1f} dB")
-
-
 @torch.no_grad()
 def read_back(generator: nn.Module, data: dict, picture: str | None = None) -> dict:
     """Say what a linear map gets back from protected images, by ridge_regression.
@@ -208,12 +182,12 @@ def read_back(generator: nn.Module, data: dict, picture: str | None = None) -> d
     attacker protects the first 12,000 training images, and learns from them to read the first 1,000
     test images back. Images larger than 32 x 32, protected ones and originals, are shrunk to that.
 
-    Returns psnr (dB), ssim (signed), found, the percentage of images that correlate more with their
-    own original than with any other, and median_rank, the place of their own in that order.
-    "class_mean" has the same four of the mean image of the right class. A linear map that gets no
-    more than that has learnt the class alone. It does not follow that nothing else is there: a
-    network may read what it cannot, or what is finer than the 32 x 32 pixels. `picture` names a
-    .png for ten images. Raises what check_data raises for these images.
+    Returns "found", the percentage of images that correlate more with their own original than with
+    any other, "class_alone", the same for the mean image of the right class, and "ssim", the mean
+    SSIM (Eq. 3) with the originals. A linear map that finds no more than the class alone has learnt
+    nothing else. It does not follow that nothing else is there: a network may read what it cannot,
+    or what is finer than the 32 x 32 pixels. `picture` names a .png for ten images. Raises what
+    check_data raises for these images.
     """
     few = {}
     originals = {}
@@ -230,14 +204,16 @@ def read_back(generator: nn.Module, data: dict, picture: str | None = None) -> d
     for label in few["test"][1].unique():
         mean = originals["train"][few["train"][1] == label].mean(0)
         class_mean[few["test"][1] == label] = mean
-    scores = score_recovered(recovered, originals["test"])
+    found = share_found(correlations(recovered, originals["test"]))
     if picture is not None:
-        rows = [(describe_recovered(scores), [])]
+        rows = [(f"{found:.1f}% of the images are found by what is read back", [])]
         shown = {"original": originals["test"], "protected": sent["test"], "read back": recovered}
         for name, images in shown.items():
             rows.append((name, list((255 * images[:10]).round().byte())))
         draw_sheet(picture, rows)
-    return scores | {"class_mean": score_recovered(class_mean, originals["test"])}
+    return {"found": found,
+            "class_alone": share_found(correlations(class_mean, originals["test"])),
+            "ssim": ssim(originals["test"], recovered).mean().item()}
 
 
 def another_view(images: Tensor, mirrored: bool = True, down: int = 2, right: int = 2,
@@ -276,26 +252,22 @@ def linked(generator: nn.Module, images: Tensor, labels: Tensor, flip: bool = Tr
     for mirrored, down, right, brightness in tries:
         attempt = protect(generator, another_view(views, mirrored, down, right, brightness))
         similarities.append(correlations(shrink(attempt), candidates))
-    found, _ = score_matches(torch.stack(similarities).amax(0))
+    found = share_found(torch.stack(similarities).amax(0))
     of_class = (labels[:100, None] == labels).sum(1)
     return {"another_view": found, "class_alone": 100 * (1 / of_class).mean().item(),
             "different_pictures": len(protected.unique(dim=0))}
 
 
 # --- The tables, as README.md and assets/results.md show them -------------------------------------
-def hardened_first(name: str) -> tuple[bool, str]:
-    return "-hardened" not in name, name
-
-
 def by_form(generators: dict[str, dict]) -> dict[str, list[dict]]:
     """Sort entries of results.json by form, since no table or figure mixes forms.
 
-    Of two files with the same networks the last one counts, in the order of their paths.
+    Of two generators for the same networks the last one counts.
     """
     forms = {}
-    for form in reversed(FORMS):  # hardened first
+    for form in FORMS:
         pairs = {}
-        for result in sorted(generators.values(), key=itemgetter("file")):
+        for result in generators.values():
             if result["meta"]["form"] == form:
                 pairs[result["target"], result["aux"]] = result
         if pairs:
@@ -342,39 +314,25 @@ def heading(title: str, columns: str) -> str:
     return f"# {title}\n\n| {columns} |\n|{rule}\n"
 
 
-def describe_training(meta: dict) -> str:
-    """Put the form and the length of a training on CIFAR-10 into words."""
-    text = f"{meta['form']}, epoch {meta['epoch']} of {meta['epochs']}"
-    if meta.get("max_steps") is not None:
-        images = meta["limit"] or 50000
-        steps = min(images // meta["batch_size"], meta["max_steps"])  # of an epoch
-        text = f"{meta['form']}, step {meta['epoch'] * steps} of {meta['epochs'] * steps}"
-    if "stopped_after" in meta:
-        text += f", stopped after epoch {meta['stopped_after']}"
-    return text
-
-
 def score_table(generators: dict[str, dict]) -> str:
     text = heading(
-        "Scores, accuracies in percent",
-        "form | target, auxiliary model | target accuracy: originals, protected | auxiliary "
-        "accuracy | visibility: own / another's / same class | absolute SSIM: mean, largest | "
-        "target accuracy after JPEG: 4:4:4, 4:2:0 | repeats the phone (%): all images, "
-        "disputed ones | read back (%)")
+        "Scores", "form: target, auxiliary model | target (%): originals, protected "
+        "| auxiliary (%) | seen by a person: own / another's | target after JPEG 4:2:0 (%) "
+        "| read back by a machine (%)")
     for result in generators.values():
+        meta = result["meta"]
+        form = meta["form"]
+        if meta["epochs"] > 1 or "stopped_after" in meta:
+            form += f", epoch {meta['epoch']} of {meta['epochs']}"
+        if "stopped_after" in meta:
+            form += f", stopped after epoch {meta['stopped_after']}"
         visible = result["visibility"]
-        repeated = result["repeats"] or {"encoder": None, "then_encoder": None}
         recovered = result["read_back"] or {"found": None}
-        text += (f"| {describe_training(result['meta'])} "
-                 f"| {result['target']}, {result['aux']} "
+        text += (f"| {form}: {result['target']}, {result['aux']} "
                  f"| {result['clean_target_accuracy']:.2f}, {result['target_accuracy']:.2f} "
                  f"| {number(result['aux_accuracy'])} "
                  f"| {number(visible['own'], 3)} / {number(visible['other'], 3)} "
-                 f"/ {number(visible['same_class'], 3)} "
-                 f"| {result['ssim']:.4f}, {result['ssim_largest']:.3f} "
-                 f"| {result['jpeg']['4:4:4']:.2f}, {result['jpeg']['4:2:0']:.2f} "
-                 f"| {number(repeated['encoder'], 1)}, {number(repeated['then_encoder'], 1)} "
-                 f"| {number(recovered['found'], 1)} |\n")
+                 f"| {result['jpeg']:.2f} | {number(recovered['found'], 1)} |\n")
     return text
 
 
@@ -393,28 +351,24 @@ def table_2(form: str, summary: dict) -> str:
 
 def machine_table(generators: dict[str, dict]) -> str:
     text = heading("What a machine reads / what the class alone tells",
-                   "generator | read back: found (%) | median rank | SSIM | PSNR (dB) | linked (%) "
+                   "generator | read back: found (%) | SSIM of what is read | linked (%) "
                    "| different pictures of 1,000")
     for name, result in generators.items():
-        if result["read_back"] is None:
-            continue
-        read = result["read_back"]
-        mean = read["class_mean"]
-        text += f"| {name} "
-        for key, digits in (("found", 1), ("median_rank", 1), ("ssim", 3), ("psnr", 1)):
-            text += f"| {read[key]:.{digits}f} / {mean[key]:.{digits}f} "
-        links = result["linked"]
-        text += (f"| {links['another_view']:.1f} / {links['class_alone']:.1f} "
-                 f"| {links['different_pictures']} |\n")
+        if result["read_back"] is not None:
+            read = result["read_back"]
+            links = result["linked"]
+            text += (f"| {name} | {read['found']:.1f} / {read['class_alone']:.1f} "
+                     f"| {read['ssim']:.3f} "
+                     f"| {links['another_view']:.1f} / {links['class_alone']:.1f} "
+                     f"| {links['different_pictures']} |\n")
     return text
 
 
 def table_3(timing: dict) -> str:
-    text = heading(f"Table 3, {timing['hardware']}: ms an image, float32",
-                   f"network | parameters | batches of 256 | one by one | {timing['paper']}")
+    text = heading(f"Table 3, {timing['hardware']}: ms an image, float32, batches of 256",
+                   f"network | parameters | ours | {timing['paper']}")
     for name, row in timing["networks"].items():
-        text += (f"| {name} | {row['parameters']:,} | {number(row['ms_batch_256'], 3)} "
-                 f"| {number(row['ms_batch_1'], 3)} | {row['ms_paper']:.3f} |\n")
+        text += f"| {name} | {row['parameters']:,} | {row['ms']:.3f} | {row['ms_paper']:.3f} |\n"
     return text
 
 
@@ -422,8 +376,8 @@ def tables(results: dict) -> str:
     """Return the text of tables.md, from the content of results.json."""
     generators = results["generators"]
     texts = [score_table(generators)]
-    for form, summary in results["summary"].items():
-        texts.append(table_2(form, summary))
+    for form, entries in by_form(generators).items():
+        texts.append(table_2(form, summarise(entries)))
     if any(result["read_back"] is not None for result in generators.values()):
         texts.append(machine_table(generators))
     if "timing" in results:
@@ -441,6 +395,12 @@ DARK = (16, 60, 120)
 CELL = 102  # pixels: the width of a cell, and the height of one that holds an image
 LINE = 28  # the height of text
 LABEL = 170  # the width of the first column
+
+
+def encode_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
@@ -463,17 +423,15 @@ def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
         x = LABEL
         for cell in cells:
             if isinstance(cell, Tensor):
-                image = Image.fromarray(cell.permute(1, 2, 0).cpu().numpy())
-                sheet.paste(image.resize((96, 96), Image.Resampling.NEAREST), (x, y))
+                image = to_pillow(cell).resize((96, 96), Image.Resampling.NEAREST)
+                sheet.paste(image, (x, y))
             else:
                 text, colour, background = cell
                 draw.rectangle((x, y, x + CELL - 6, y + LINE - 3), background)
                 draw.text((x + 48, y + LINE / 2), text, colour, font, anchor="mm")
             x += CELL
         y += height
-    file = io.BytesIO()
-    sheet.save(file, "PNG")
-    save(path, file.getvalue())
+    save(path, encode_png(sheet))
 
 
 def image_rows(batches: dict[str, Tensor], labels: Tensor,
@@ -501,20 +459,22 @@ def first_of_class(labels: Tensor) -> list[int]:
     return [(labels == i).int().argmax().item() for i in range(len(CLASSES))]
 
 
+def describe_accuracies(result: dict) -> str:
+    return (f"target {result['target_accuracy']:.2f}%, of the originals "
+            f"{result['clean_target_accuracy']:.2f}%; auxiliary {number(result['aux_accuracy'])}%")
+
+
 def draw_examples(out: str, name: str, result: dict, images: Tensor, protected: Tensor,
                   labels: Tensor, classifiers: dict) -> None:
     """Draw OUT/generator-NAME.png, an image a class, and OUT/worst-NAME.png, the least hidden."""
     shown = f"{name}: {describe_visibility(result['visibility'])}"
-    recognised = (f"target {result['target_accuracy']:.2f}%, of the originals "
-                  f"{result['clean_target_accuracy']:.2f}%; "
-                  f"auxiliary {number(result['aux_accuracy'])}%")
     networks = {"target": classifiers[result["target"]]}
     if result["aux"] != "none":
         networks["auxiliary"] = classifiers[result["aux"]]
     for kind, chosen in (("generator", first_of_class(labels)), ("worst", result["worst"])):
         batches = {"original": images[chosen], "protected": protected[chosen]}
         rows = image_rows(batches, labels[chosen], networks)
-        draw_sheet(f"{out}/{kind}-{name}.png", [(shown, []), (recognised, []), *rows])
+        draw_sheet(f"{out}/{kind}-{name}.png", [(shown, []), (describe_accuracies(result), []), *rows])
 
 
 def draw_figure_9(path: str, entries: list[dict], originals: Tensor) -> None:
@@ -618,11 +578,9 @@ def time_networks(device: str) -> dict:
         network = Generator() if name == "generator" else build_classifier(name)
         network.eval().to(device, memory_format=torch.channels_last)
         parameters = sum(parameter.numel() for parameter in network.parameters())
-        in_batches = milliseconds(network, 256, device)
-        alone = milliseconds(network, 1, device)
-        networks[name] = {"parameters": parameters, "ms_batch_256": in_batches,
-                          "ms_batch_1": alone, "ms_paper": printed[column]}
-        print(f"{name}: {in_batches:.3f} ms an image, {alone:.3f} ms alone", flush=True)
+        ms = milliseconds(network, 256, device)
+        networks[name] = {"parameters": parameters, "ms": ms, "ms_paper": printed[column]}
+        print(f"{name}: {ms:.3f} ms an image", flush=True)
     return {"hardware": hardware(device), "paper": machine, "networks": networks}
 
 
@@ -656,7 +614,7 @@ def open_image(path: str, size: Sequence[int]) -> Tensor:
     image = image.convert("RGBA").resize((w, h))
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return from_pillow(image)
 
 
 def load_folder(folder: str, size: Sequence[int]) -> tuple[dict, list[str]]:
@@ -692,30 +650,6 @@ def load_folder(folder: str, size: Sequence[int]) -> tuple[dict, list[str]]:
     return data, files.classes
 
 
-VISIBLE_IN_ONE = 0.3  # in place of VISIBLE: one image varies by 0.1, the mean over many hardly
-
-
-def describe_one(original: Tensor, protected: Tensor) -> str:
-    """Put the visibility of a single image into words, both uint8 (1, 3, H, W).
-
-    There may be no other image, so 15 copies of the original take its place, which are shifted by
-    quarters of its size (what leaves on one side comes in on the other). What shows but faintly
-    gets no warning.
-    """
-    h, w = original.shape[2:]
-    shifted = []
-    for down in range(4):
-        for right in range(4):
-            shifted.append(original.roll((down * h // 4, right * w // 4), (2, 3)))
-    copies = torch.cat(shifted[1:])  # the first is where it was
-    own = visibility(original, protected).item()
-    other = visibility(copies, protected.expand_as(copies)).mean().item()
-    text = f"visibility {own:.3f}, of shifted copies {other:.3f}"
-    if own - other > VISIBLE_IN_ONE:
-        text += ", WARNING: the original can be made out"
-    return text
-
-
 @torch.no_grad()
 def protect_image(path: str, out: str, generator: Generator, size: Sequence[int],
                   target: nn.Module | None) -> None:
@@ -726,12 +660,12 @@ def protect_image(path: str, out: str, generator: Generator, size: Sequence[int]
     """
     original = open_image(path, size)[None]
     protected = protect(generator, original)
-    title = describe_one(original, protected)
+    title = "look: if you can tell what is on the protected one, it is not hidden"
     if target is not None:
-        before = CLASSES[target(to_float(original)).argmax()]
-        after = CLASSES[target(to_float(protected)).argmax()]
+        before = CLASSES[answers(target, original)]
+        after = CLASSES[answers(target, protected)]
         title = f"the target sees {before}, protected {after}; {title}"
-    save(f"{out}-protected.png", encode_png(protected[0]))
+    save(f"{out}-protected.png", encode_png(to_pillow(protected[0])))
     rows = [(title, []), ("original", list(original)), ("protected", list(protected))]
     draw_sheet(f"{out}-sheet.png", rows)
     print(f"{path}: {title}  -> {out}-protected.png, {out}-sheet.png")
@@ -746,10 +680,10 @@ def protect_images(paths: list[str], generator_path: str, out: str) -> None:
     target = None
     if meta.get("target") in CLASSIFIERS:
         target = load_classifier(meta["target"])
-    h, w = meta.get("image_size", (32, 32))  # files that ship lack it
+    h, w = meta["image_size"]
     print(f"{generator_path}: images are squeezed to {h} x {w}")
     failed = 0
-    for path, name in name_files(paths, {}).items():
+    for name, path in name_files(paths).items():
         try:
             protect_image(path, f"{out}/{name}", generator, (h, w), target)
         except (UserError, OSError) as error:  # the others are protected
@@ -760,23 +694,16 @@ def protect_images(paths: list[str], generator_path: str, out: str) -> None:
 
 
 # --- The command ----------------------------------------------------------------------------------
-def name_files(paths: Sequence[str], known: dict[str, str]) -> dict[str, str]:
-    """Give each path a name for its results, {path: name}; those in `known` have theirs.
-
-    A second file of the same name becomes NAME-2.
-    """
-    names = dict(known)
+def name_files(paths: Sequence[str]) -> dict[str, str]:
+    """Return the paths by the names of their results. Raises UserError if two have one name."""
+    names = {}
     for path in paths:
-        if path in names:
-            continue
-        stem = os.path.splitext(os.path.basename(path))[0].removeprefix("generator-")
-        name = stem
-        count = 1
-        taken = [other.lower() for other in names.values()]  # some disks take IMG for img
-        while name.lower() in taken:
-            count += 1
-            name = f"{stem}-{count}"
-        names[path] = name
+        name = os.path.splitext(os.path.basename(path))[0].removeprefix("generator-")
+        for other in names:
+            if name.lower() == other.lower():  # some disks take IMG for img
+                raise UserError(f"{names[other]} and {path} have the same name: take one at a "
+                                "time, each with a folder of its own (--out)")
+        names[name] = path
     return names
 
 
@@ -789,35 +716,38 @@ def find_generators() -> list[str]:
     if not paths:
         raise UserError("no generator in runs/ or weights/: run "
                         "python train.py --target vgg13_bn --aux resnet18")
-    return [paths[name] for name in sorted(paths, key=hardened_first)]
+    hardened = []
+    others = []
+    for _, path in sorted(paths.items()):
+        _, meta = load_generator(path)
+        if meta["form"] == "hardened":
+            hardened.append(path)
+        else:
+            others.append(path)
+    return hardened + others
 
 
-def file_sha256(path: str) -> str:
+def file_sha256(path: str | None) -> str | None:
+    """Return the start of the SHA-256 of a file, None if it is not there."""
+    if path is None or not os.path.exists(path):
+        return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def still_true(result: dict, networks: dict[str, str]) -> bool:
-    """Say if an entry of results.json is of the generator and networks (fingerprints) of today.
-
-    Of classifiers that the generator never met, each counts for its own score only, which goes.
-    """
-    if not os.path.exists(result["file"]) or file_sha256(result["file"]) != result["file_sha256"]:
+def still_true(result: dict) -> bool:
+    """Say if an entry of results.json is of the generator and the networks that are here today."""
+    if file_sha256(result["file"]) != result["file_sha256"]:
         return False
-    for name, sha256 in list(result["networks"].items()):
-        if networks.get(name) != sha256:
-            if name not in result["unseen"]:
-                return False
-            del result["unseen"][name], result["networks"][name]
-    return True
+    networks = result["networks_sha256"]
+    return all(file_sha256(find_classifier(name)) == networks[name] for name in networks)
 
 
-def read_results(out: str, images_sha256: str, networks: dict[str, str], found: list[str]) -> dict:
+def read_results(out: str, images_sha256: str) -> dict:
     """Return "generators" and "timing" of OUT/results.json, as far as they are still true.
 
-    Results of other images, generators or networks go, with their pictures, and those of a file
-    that has the name of another one in `found`, which hides it. The times of Table 3 stay: their
-    title names the hardware.
+    Results of other images, generators or networks go. The times of Table 3 stay: their title names
+    the hardware.
     """
     results = {"generators": {}}
     if not os.path.exists(f"{out}/results.json"):
@@ -826,30 +756,19 @@ def read_results(out: str, images_sha256: str, networks: dict[str, str], found: 
         before = json.load(file)
     if "timing" in before:
         results["timing"] = before["timing"]
-    same_images = before.get("images_sha256") == images_sha256
-    found_names = [os.path.basename(path) for path in found]
+    same_images = before["images_sha256"] == images_sha256
     for name, result in before["generators"].items():
-        path = result["file"]
-        hidden = path not in found and os.path.basename(path) in found_names
-        if same_images and not hidden and still_true(result, networks):
+        if same_images and still_true(result):
             results["generators"][name] = result
-            continue
-        print(f"{name}: earlier results dropped, since images, file or classifiers changed")
-        for kind in ("generator", "worst", "read-back"):
-            if os.path.exists(f"{out}/{kind}-{name}.png"):
-                os.remove(f"{out}/{kind}-{name}.png")
+        else:
+            print(f"{name}: earlier results dropped, since images, file or classifiers changed")
     return results
 
 
 def write_results(out: str, results: dict) -> str:
-    """Write OUT/results.json and OUT/tables.md, in an order that does not depend on earlier runs.
-
-    Returns the tables.
-    """
-    scored = results["generators"]
-    ordered = {name: scored[name] for name in sorted(scored, key=hardened_first)}
-    summary = {form: summarise(of_form) for form, of_form in by_form(ordered).items()}
-    results = results | {"generators": ordered, "summary": summary}
+    """Write OUT/results.json and OUT/tables.md, in the order of names, and return the tables."""
+    generators = dict(sorted(results["generators"].items()))
+    results = results | {"generators": generators}
     text = tables(results)
     save(f"{out}/results.json", json.dumps(results, indent=1).encode())
     save(f"{out}/tables.md", text.encode())
@@ -886,6 +805,7 @@ def main() -> None:
     args = parse_arguments()
     out = args.out
     paths = args.generator or find_generators()
+    names = name_files(paths)
     if args.image:
         protect_images(args.image, paths[0], out)
         return
@@ -896,64 +816,53 @@ def main() -> None:
         if meta.get("target") not in CLASSIFIERS:
             raise UserError(f"{path} is for no classifier of Table 1: only --image and "
                             "export_mobile.py take it")
-        needed.update([meta["target"], meta["aux"]])
-        if FORMS[meta["form"]]["start"] == "encoder":
-            needed.add("encoder")
+        needed.update(networks_of(meta).values())
     check_writable(f"{out}/results.json")
     data = load_cifar10(args.data, args.device)
     images = data["test"][0][:args.limit]
     labels = data["test"][1][:args.limit]
     classifiers = {}
-    networks = {}  # their fingerprints
-    seen = {}  # answers to the original images, of the networks that a generator needs
-    for name in (*CLASSIFIERS, "encoder"):
-        if name in needed or find_classifier(name):
-            classifiers[name] = load_classifier(name, args.device)
-            networks[name] = network_fingerprint(classifiers[name])
-        if name in needed:
-            seen[name] = answers(classifiers[name], images)
-            share = percent(seen[name] == labels)
-            print(f"{name}: {share:.2f}% of {len(images):,} original images", flush=True)
+    clean_answers = {}  # to the original images
+    for name in sorted(needed):
+        classifiers[name] = load_classifier(name, args.device)
+        clean_answers[name] = answers(classifiers[name], images)
+        share = percent(clean_answers[name] == labels)
+        print(f"{name}: {share:.2f}% of {len(images):,} original images", flush=True)
     images_sha256 = fingerprint(images, labels)
-    found = [] if args.generator else paths
-    results = read_results(out, images_sha256, networks, found)
+    results = read_results(out, images_sha256)
     results |= {"images": len(images), "images_sha256": images_sha256}
     scored = results["generators"]
-    names = name_files(paths, {result["file"]: name for name, result in scored.items()})
     if args.timing:
         results["timing"] = time_networks(args.device)
         write_results(out, results)
-    for i, path in enumerate(paths):
-        name = names[path]
-        print(f"\n{name} ({i + 1} of {len(paths)})", flush=True)
+    for name, path in names.items():
+        print(f"\n{name}", flush=True)
         sha256 = file_sha256(path)
         generator, meta = load_generator(path)
         generator.to(args.device)
-        result, protected = evaluate_generator(generator, meta, classifiers, seen, images, labels)
+        result, protected = evaluate_generator(generator, meta, classifiers, clean_answers,
+                                               images, labels)
         result |= {"file": path, "file_sha256": sha256, "meta": meta,
                    "hardware": hardware(args.device), "torch": torch.__version__}
-        used = [meta["target"], meta["aux"], *result["unseen"]]
-        if result["repeats"] is not None:
-            used.append("encoder")
-        result["networks"] = {network: networks.get(network) for network in used}
+        networks = networks_of(meta)
+        result["networks_sha256"] = {}
+        for network in networks.values():
+            result["networks_sha256"][network] = file_sha256(find_classifier(network))
         draw_examples(out, name, result, images, protected, labels, classifiers)
-        print(f"  target {result['target_accuracy']:.2f}%, of the originals "
-              f"{result['clean_target_accuracy']:.2f}%; auxiliary "
-              f"{number(result['aux_accuracy'])}%; |SSIM| {result['ssim']:.4f}, "
-              f"at most {result['ssim_largest']:.3f}; {describe_visibility(result['visibility'])}",
-              flush=True)
-        for role, network in (("target", meta["target"]), ("aux", meta["aux"]),
-                              ("encoder", "encoder")):
-            trained_with = meta[f"{role}_sha256"]
-            if trained_with != "none" and trained_with != networks[network]:
+        print(f"  {describe_accuracies(result)}; |SSIM| {result['ssim']:.4f}, "
+              f"at most {result['ssim_largest']:.3f}; {describe_visibility(result['visibility'])}")
+        if result["repeats"] is not None:
+            print(f"  the target repeats the encoder in {result['repeats']:.1f}% of its answers")
+        for role, network in networks.items():
+            if network_fingerprint(classifiers[network]) != meta[f"{role}_sha256"]:
                 print(f"  note: it was trained with another {network}")
         if args.attack:
             result["read_back"] = read_back(generator, data, f"{out}/read-back-{name}.png")
             result["linked"] = linked(generator, data["test"][0][:1000], data["test"][1][:1000],
                                       meta.get("flip", True))
-            print(f"  read back: {describe_recovered(result['read_back'])}; "
-                  f"linked {result['linked']['another_view']:.1f}%", flush=True)
-        elif name in scored:  # what an earlier run has read back
+            print(f"  read back: {result['read_back']['found']:.1f}% of the images found; "
+                  f"linked {result['linked']['another_view']:.1f}%")
+        elif name in scored and scored[name]["file_sha256"] == sha256:  # an earlier run's
             result["read_back"] = scored[name]["read_back"]
             result["linked"] = scored[name]["linked"]
         scored[name] = result
@@ -963,7 +872,7 @@ def main() -> None:
     for form, of_form in by_form(scored).items():
         draw_heatmaps(f"{out}/heatmaps-{form}.png", of_form)
         draw_figure_9(f"{out}/figure-9-{form}.png", of_form, images[few])
-    kept = len(scored) - len(set(paths))
+    kept = len(scored) - len(paths)
     print(f"-> {out}/ ({kept} of the results are from earlier runs)")
 
 

@@ -4,7 +4,7 @@
     python export_mobile.py --int8      the same, and one more that computes in 8 bits
     python export_mobile.py --generator runs/mine.pt    the same, for a classifier of your own
     python export_mobile.py --demo      phone and service on this computer, end to end
-    python export_mobile.py --serve     the service alone, for a phone or for --demo --connect
+    python export_mobile.py --serve     the service alone, for a phone
 
 A phone runs one of the files. runs/NAME.pte is for ExecuTorch, PyTorch's present library for
 phones; to write it, install the package executorch. runs/NAME.ptl is for PyTorch Mobile, which the
@@ -15,6 +15,7 @@ images of 32 x 32, ten classes.
 """
 
 import argparse
+import copy
 import importlib.metadata
 import io
 import json
@@ -31,14 +32,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 from torch.jit.mobile import _get_model_bytecode_version, _load_for_lite_interpreter
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from classifiers import (CLASSIFIERS, UserError, accuracy, check_writable, hardware, load_cifar10,
-                         load_classifier, positive_int, run, save, scoring_batches, to_float)
-from evaluate import draw_sheet, find_generators, heading, image_rows, milliseconds, number
-from train import describe_visibility, encode_png, load_generator, protect, score
+                         load_classifier, percent, positive_int, run, save, scoring_batches,
+                         to_float)
+from evaluate import (draw_sheet, encode_png, find_generators, heading, image_rows, milliseconds,
+                      number, to_pillow)
+from train import describe_visibility, load_generator, protect, score
 from unet import Generator
 
 BYTECODE = 8  # the newest that pytorch_android_lite 1.13.1 and 2.1.0 read
@@ -53,9 +56,12 @@ warnings.filterwarnings("ignore", "Lite Interpreter is deprecated")
 # --- The files for the phone ----------------------------------------------------------------------
 def fold_batch_norm(generator: Generator) -> Generator:
     """Return a copy on the CPU: batch norm is folded into the convolutions, no gradients."""
-    folded = Generator(generator.unet.codes)
-    folded.unet = fuse(generator.unet.eval())
-    folded.requires_grad_(False).eval()
+    folded = copy.deepcopy(generator).eval().requires_grad_(False)
+    for level in folded.modules():
+        if isinstance(level, nn.Sequential):  # of double_conv
+            for i in (0, 3):
+                level[i] = fuse_conv_bn_eval(level[i], level[i + 1])
+                level[i + 1] = nn.Identity()
     return folded.to("cpu", memory_format=torch.contiguous_format)
 
 
@@ -287,7 +293,7 @@ def play_phone(phone: nn.Module, images: Tensor,
         start = time.perf_counter()
         protected = protect(phone, image[None])[0]
         after_protect = time.perf_counter()
-        png = encode_png(protected)
+        png = encode_png(to_pillow(protected))
         after_encode = time.perf_counter()
         answers.append(ask(png, address))
         end = time.perf_counter()
@@ -299,26 +305,17 @@ def play_phone(phone: nn.Module, images: Tensor,
     return torch.stack(sent), torch.tensor(answers), stages
 
 
-def demo(phone: nn.Module, figure: str, target: nn.Module, images: Tensor, labels: Tensor,
-         address: tuple[str, int] | None) -> dict:
+def demo(phone: nn.Module, figure: str, target: nn.Module, images: Tensor,
+         labels: Tensor) -> dict:
     """Run phone and service from end to end on uint8 test images, and draw the figure, a PNG.
 
-    Returns a report. Without an `address` the service runs here, in a thread.
+    The service runs in a thread of its own. Returns a report.
     """
-    server = None
-    if address is None:
-        server = RecognitionServer(target, "127.0.0.1", 0)
-        address = server.server_address
+    with RecognitionServer(target, "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        sent, answers, times = play_phone(phone, images, address)
-    except OSError as error:
-        raise UserError(f"no answer from {address[0]}:{address[1]} ({error})") from error
-    finally:
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-    correct = 100 * (answers == labels).double().mean().item()
+        sent, answers, times = play_phone(phone, images, server.server_address)
+        server.shutdown()
+    correct = percent(answers == labels)
     title = f"the service is right on {correct:.1f}% of {len(images):,} protected images"
     batches = {"the user holds": images[:8], "the service gets": sent[:8]}
     draw_sheet(figure, [(title, []), *image_rows(batches, labels[:8], {"it": target})])
@@ -347,8 +344,6 @@ def parse_arguments() -> argparse.Namespace:
                         help="address that --serve listens on (default: %(default)s, local only)")
     parser.add_argument("--port", type=int, default=9000,
                         help="port that --serve listens on (default: %(default)s)")
-    parser.add_argument("--connect", nargs=2, metavar=("HOST", "PORT"),
-                        help="a service for --demo (default: --demo starts its own)")
     parser.add_argument("--data", default="data", metavar="FOLDER",
                         help="where CIFAR-10 is or goes (default: %(default)s)")
     return parser.parse_args()
@@ -372,16 +367,13 @@ def main() -> None:
         host, port = server.server_address
         print(f"serving {meta['target']} on {host}:{port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
-    address = None
-    if args.connect:
-        host, port = args.connect
-        address = (host, int(port))
+        return
     if args.int8 and executorch_version() is None:
         raise UserError("--int8 needs ExecuTorch: pip install executorch")
     if args.int8 and target is None:
         raise UserError(f"{path} is for images of your own: for 8 bits call export_executorch in "
                         "Python, with some of them as examples")
-    size = meta.get("image_size", (32, 32))  # files that ship lack it
+    size = meta["image_size"]
     name = f"runs/{os.path.splitext(os.path.basename(path))[0]}"
     check_writable(f"{name}.ptl")
     examples = None
@@ -412,7 +404,7 @@ def main() -> None:
     if args.demo:
         first = list(phones)[0]
         print(f"phone and service, with {first}", flush=True)
-        result = demo(phones[first], f"{name}.demo.png", target, images, labels, address)
+        result = demo(phones[first], f"{name}.demo.png", target, images, labels)
         report["demo"] = {"file": first, **result}
         print(f"-> {name}.demo.png")
     save(f"{name}.phone.json", json.dumps(report, indent=1).encode())

@@ -10,7 +10,7 @@ C2 = 0.03 ** 2
 
 
 def blur_matrix(size: int, device: torch.device) -> Tensor:
-    """Matrix (size - 10, size) that blurs a line of pixels, wherever the window lies inside it."""
+    """Matrix (size - 10, size) that blurs a line of pixels: row i is the window from pixel i on."""
     pixel = torch.arange(size, device=device)
     centre = torch.arange(size - WINDOW + 1, device=device)[:, None] + WINDOW // 2
     distance = pixel - centre

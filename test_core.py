@@ -1,13 +1,12 @@
 """Tests against independent truths: the paper's counts, direct formulas, other libraries.
 
-    python -m pytest test_core.py        the tests
-    python test_core.py                  how fast a training is
+    python -m pytest test_core.py
 
-A test shows one behaviour and compares it, where it can, with what our code did not compute. Three
-fixtures give it what it needs: `shapes` is a small made-up data set, on which a network trains in a
-second; `data` is CIFAR-10, for what only real images or the files that ship can show; `folder` is
-a working folder for whole commands, with untrained networks in runs/. The three longest tests go
-through the U-Net and the two trainings line by line.
+The first test is one to copy: it shows one behaviour, and compares it with what our code did not
+compute. Three fixtures give a test what it needs: `shapes` is a small made-up data set, on which a
+network trains in a second; `data` is CIFAR-10, for what only real images or the files that ship can
+show; `folder` is a working folder for whole commands, with untrained networks in runs/. Three of
+the longest tests go through the U-Net and the two trainings line by line.
 """
 
 import functools
@@ -21,7 +20,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -61,7 +59,22 @@ PAIR = ["--target", "resnet18", "--aux", "mobilenet_v2"]  # two networks of `fol
 NAME = "generator-resnet18-mobilenet_v2"  # the file of their generator
 
 
-# --- The fixtures, and what the tests share -------------------------------------------------------
+# --- An example to copy ---------------------------------------------------------------------------
+def test_accuracy_is_equation_5(shapes):
+    images, labels = shapes["test"]
+    service = make_service()
+    correct = 0
+    for image, label in zip(images, labels):
+        logits = service(image[None] / 255)
+        if logits.argmax() == label:
+            correct += 1
+    assert 0 < correct < 80
+    assert accuracy(service, images, labels) == pytest.approx(100 * correct / 80)
+    with pytest.raises(ValueError, match="labels must be"):
+        accuracy(service, images, labels[:, None])
+
+
+# --- Fixtures and helpers -------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def data():
     """CIFAR-10, as load_cifar10 gives it: 50,000, 5,000 and 5,000 images."""
@@ -154,7 +167,7 @@ def encoder_features(generator, x):
 
 def write_generator(path, generator, **meta):
     """Write a file as train.py does; the fingerprints of its networks are wrong."""
-    meta["form"] = "hardened" if generator.hardened else "pretrained"
+    meta["form"] = "hardened" if generator.unet.hardened else "pretrained"
     meta |= {"epoch": 1, "epochs": 1}
     for network in ("target", "aux", "encoder"):
         meta[f"{network}_sha256"] = "none" if meta.get(network) == "none" else "another"
@@ -162,7 +175,8 @@ def write_generator(path, generator, **meta):
 
 
 def read_log(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """What a training has written about each of its epochs."""
+    return torch.load(path)["log"]
 
 
 def to_numpy(image):
@@ -172,11 +186,12 @@ def to_numpy(image):
 
 def call(script, *words):
     """Run a command in this process; returns its exit code, or the line that it ends with."""
-    sys.argv = [f"{script.__name__}.py", *map(str, words)]
-    try:
-        classifiers.run(script.main)
-    except SystemExit as stop:
-        return stop.code
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, words)])
+        try:
+            classifiers.run(script.main)
+        except SystemExit as stop:
+            return stop.code
     return 0
 
 
@@ -203,6 +218,140 @@ def assert_equal(weights, others):
     assert weights.keys() == others.keys()
     for name, value in weights.items():
         assert torch.equal(value, others[name]), name
+
+
+def train_encoder(path):
+    torch.manual_seed(0)
+    model = build_classifier("encoder")
+    data = take(make_shapes(), 48)
+    return train_classifier(model, data, path, epochs=4, batch_size=16, precision="fp32")
+
+
+def cross_entropy(logits, labels):
+    """The cross entropy of each image, by its definition."""
+    likelihood = logits.softmax(1)[torch.arange(len(labels)), labels]
+    return -likelihood.log()
+
+
+def halve_and_double(channel):
+    half = channel.resize((16, 16), Image.Resampling.BOX)
+    return half.resize((32, 32), Image.Resampling.BILINEAR)
+
+
+def train_pair(path, **changes):
+    """A short training of the default form."""
+    settings = {"target": make_service(1), "aux": make_service(2),
+                "data": take(make_shapes(), 48), "encoder": make_network("encoder"),
+                "epochs": 4, "batch_size": 16, "precision": "fp32"}
+    return train_generator(path=path, **(settings | changes))
+
+
+class Service(nn.Module):
+    """Answers by a function of its network and the images."""
+
+    def __init__(self, answer, network=None):
+        super().__init__()
+        self.answer = answer
+        self.network = network or make_service()
+
+    def forward(self, x):
+        return self.answer(self.network, x)
+
+
+hidden = make_service()  # no child module of a service that uses it
+
+
+class Remembers(nn.Sequential):
+    """Has an extra state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"version": 2}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def shows(images, protected):
+    """Can uint8 images be made out in protected ones (N, 3, H, W) in [0, 1]?"""
+    protected = (255 * protected).round().byte()
+    own = train.visibility(images, protected).mean()
+    other = train.visibility(images.roll(1, 0), protected).mean()
+    return own - other > train.VISIBLE
+
+
+def stripes(width, axis):
+    """Black and white lines along one axis, 32 x 32."""
+    line = torch.arange(32) // width % 2
+    return line[:, None].expand(32, 32) if axis == 0 else line.expand(32, 32)
+
+
+class Mixture(nn.Module):
+    """Mixes all pixels of images of 16 x 16, without loss, and adds noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.init.orthogonal_(torch.empty(768, 768))
+
+    def forward(self, x):
+        mixed = 0.5 + 0.3 * ((x - 0.5).flatten(1) @ self.matrix)
+        return (mixed + 0.02 * torch.randn(mixed.shape)).clamp(0, 1).view_as(x)
+
+
+def in_another_order(x):
+    order = torch.randperm(768, generator=torch.Generator().manual_seed(0))
+    return x.flatten(1)[:, order].view_as(x)
+
+
+def one_of_ten(x):
+    pictures = torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return pictures[make_service(side=16)(x).argmax(1)]
+
+
+def folded(x):
+    """In place of a generator: hardly anything stays similar, but by the right view."""
+    return 0.5 + 0.5 * torch.sin(40 * x)
+
+
+def entry(target, aux, target_accuracy, clean):
+    """What Table 2 needs of an entry of results.json."""
+    return {"target": target, "aux": aux, "target_accuracy": target_accuracy,
+            "clean_target_accuracy": clean}
+
+
+def read_asset(name):
+    return json.loads((ROOT / "assets" / name).read_text())
+
+
+def start_service():
+    """A recognition service on an untrained mobilenet_v2; returns it and its address."""
+    server = export_mobile.RecognitionServer(make_network("mobilenet_v2"), "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, server.server_address
+
+
+def make_png(size=(32, 32), mode="RGB", format="PNG"):
+    w, h = size
+    pixels = np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+def exchange(address, message):
+    """A client written by hand: what comes back, b"" if the service just closes."""
+    with socket.create_connection(address, 30) as connection:
+        try:
+            connection.sendall(message)
+            return connection.recv(100)
+        except ConnectionError:  # it may be closed while we are still sending
+            return b""
+
+
+def request(content, length=None):
+    """A message of the phone: 16 characters of length, then the PNG."""
+    if length is None:
+        length = len(content)
+    return str(length).ljust(16).encode() + content
 
 
 # --- ssim.py --------------------------------------------------------------------------------------
@@ -348,22 +497,18 @@ def test_wrong_pixels_are_not_taken_for_cifar10(tmp_path):
         load_cifar10(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["file", "dangling link"])
-def test_a_data_folder_that_cannot_be_one_is_named_in_one_line(tmp_path, monkeypatch, kind):
+def test_a_data_folder_that_is_a_file_is_named_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if kind == "file":
-        Path("place").write_text("")
-    else:
-        os.symlink("nowhere/at-all", "place")
-        Path("nowhere").write_text("")
-    assert "cannot write place/cifar10.npz" in call(classifiers, "--arch", "encoder", "--data",
-                                                    "place")
+    Path("place").write_text("")
+    line = call(classifiers, "--arch", "encoder", "--data", "place")
+    assert "cannot write place/cifar10.npz" in line
 
 
-def test_random_crop_flip_gives_all_crops_and_flips(data):
+@pytest.mark.parametrize("flip", [True, False])
+def test_random_crop_flip_gives_all_crops_and_with_flip_all_mirror_images(data, flip):
     images = data["train"][0][:300]
     torch.manual_seed(0)
-    results = random_crop_flip(images)
+    results = random_crop_flip(images, flip)
     seen = set()
     for image, result in zip(F.pad(images, (4, 4, 4, 4)), results):
         matches = set()
@@ -372,11 +517,12 @@ def test_random_crop_flip_gives_all_crops_and_flips(data):
                 crop = image[:, top:top + 32, left:left + 32]
                 if torch.equal(result, crop):
                     matches.add((top, left, "as it was"))
-                if torch.equal(result, crop.flip(2)):
-                    matches.add((top, left, "flipped"))
+                if flip and torch.equal(result, crop.flip(2)):
+                    matches.add((top, left, "mirrored"))
         assert matches
         seen |= matches
-    assert len(seen) > 130  # of 81 places and two ways 300 images should meet some 137
+    # Of 162 or 81 ways, 300 images should meet some 137 or 79.
+    assert len(seen) > (130 if flip else 75)
 
 
 def test_arrows_to_the_left_and_right_need_a_training_without_mirroring(tmp_path):
@@ -399,14 +545,6 @@ def test_arrows_to_the_left_and_right_need_a_training_without_mirroring(tmp_path
         train_classifier(model, data, f"{tmp_path}/{flip}", epochs=4, batch_size=20, flip=flip)
         recognised = accuracy(model, *data["validation"])
         assert recognised < 85 if flip else recognised > 97
-
-
-def test_without_flip_no_image_is_mirrored(data):
-    images = data["train"][0][:50]
-    torch.manual_seed(0)
-    for image, result in zip(F.pad(images, (4, 4, 4, 4)), random_crop_flip(images, flip=False)):
-        crops = [image[:, top:top + 32, left:left + 32] for top in range(9) for left in range(9)]
-        assert any(torch.equal(result, crop) for crop in crops)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -437,9 +575,8 @@ def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
     assert evaluate.find_generators()[0] == HARDENED
 
 
-@pytest.mark.parametrize("words", [["--device", "mps"], ["--seed", "-1"], ["--seed", 2 ** 32]])
-def test_a_device_or_seed_that_would_go_wrong_later_is_refused(folder, words):
-    assert call(classifiers, "--arch", "encoder", *words) == 2
+def test_a_device_that_would_go_wrong_later_is_refused(folder):
+    assert call(classifiers, "--arch", "encoder", "--device", "mps") == 2
 
 
 # --- classifiers.py: the networks and their training ----------------------------------------------
@@ -485,20 +622,6 @@ def test_an_untrained_classifier_guesses(name):
     logits = build_classifier(name)(torch.rand(8, 3, 32, 32))
     loss = F.cross_entropy(logits, torch.arange(8)).item()
     assert loss == pytest.approx(2.303, abs=0.5)
-
-
-def test_accuracy_is_equation_5(shapes):
-    images, labels = shapes["test"]
-    service = make_service()
-    correct = 0
-    for image, label in zip(images, labels):
-        logits = service(image[None] / 255)
-        if logits.argmax() == label:
-            correct += 1
-    assert 0 < correct < 80
-    assert accuracy(service, images, labels) == pytest.approx(100 * correct / 80)
-    with pytest.raises(ValueError, match="labels must be"):
-        accuracy(service, images, labels[:, None])
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
@@ -554,13 +677,6 @@ def test_all_trains_what_is_not_there_yet(folder, monkeypatch, capsys):
     assert_equal(torch.load("runs/resnet18.pt"), weights)
 
 
-def train_encoder(path):
-    torch.manual_seed(0)
-    model = build_classifier("encoder")
-    data = take(make_shapes(), 48)
-    return train_classifier(model, data, path, epochs=4, batch_size=16, precision="fp32")
-
-
 def test_a_classifiers_losses_are_those_of_plain_training_by_hand(tmp_path, shapes):
     """Order, augmentation, both optimizers and their rates: each changes these numbers.
 
@@ -574,7 +690,7 @@ def test_a_classifiers_losses_are_those_of_plain_training_by_hand(tmp_path, shap
     copy.load_state_dict(model.state_dict())
     train_classifier(model, data, f"{tmp_path}/a", epochs=2, batch_size=16, precision="fp32",
                      seed=5)
-    log = torch.load(tmp_path / "a.pt")["meta"]["log"]
+    log = read_log(f"{tmp_path}/a.pt")
 
     kernels = [p for p in copy.parameters() if p.dim() == 4]
     others = [p for p in copy.parameters() if p.dim() != 4]
@@ -602,12 +718,6 @@ def test_a_classifiers_losses_are_those_of_plain_training_by_hand(tmp_path, shap
 
 
 # --- train.py: the loss, Algorithm 1 --------------------------------------------------------------
-def cross_entropy(logits, labels):
-    """The cross entropy of each image, by its definition."""
-    likelihood = logits.softmax(1)[torch.arange(len(labels)), labels]
-    return -likelihood.log()
-
-
 def test_the_loss_is_equation_4(shapes):
     torch.manual_seed(0)
     x = to_float(shapes["train"][0][:4])
@@ -638,20 +748,11 @@ def test_the_balanced_loss_takes_log_and_absolute_value_of_each_image(shapes):
     assert loss.ssim.item() == pytest.approx(similarity.abs().mean().item(), abs=1e-4)
 
 
-def test_the_papers_form_has_the_settings_of_section_4_1_3():
-    paper = train.FORMS["paper"]
-    assert (paper["epochs"], paper["batch_size"], paper["max_steps"]) == (100, 256, None)
-    assert (paper["w_aux"], paper["w_ssim"]) == (1, 0.5)
-    assert not paper["lossy_channel"] and not paper["balanced"]
-    assert (paper["start"], paper["painted_from"]) == ("random", "image")
-    assert train.LEARNING_RATES == {("googlenet", "vgg13_bn"): 0.001}  # all others 0.005
-
-
 @forms
 def test_the_losses_are_those_of_algorithm_1_by_hand(tmp_path, shapes, form):
     """Order, augmentation, channel, weights, schedule and decay: each changes these numbers.
 
-    Borrowed from the code: Generator, ssim, random_crop_flip, lossy_channel and learning_rate,
+    Borrowed from the code: new_generator, ssim, random_crop_flip, lossy_channel and learning_rate,
     which have their own tests.
     """
     data = take(shapes, 32)
@@ -663,23 +764,15 @@ def test_the_losses_are_those_of_algorithm_1_by_hand(tmp_path, shapes, form):
     train_generator(scripted, aux, data, f"{tmp_path}/a", encoder=encoder, form=form, epochs=2,
                     batch_size=16, lr=0.01, weight_decay=0.5, w_target=2.0, w_aux=3.0,
                     w_ssim=4.0, flip=form != "hardened", precision="fp32", seed=5)
-    log = read_log(f"{tmp_path}/a.jsonl")
+    log = read_log(f"{tmp_path}/a.pt")
 
     target.eval()
-    codes = None
-    if form == "hardened":
-        features = encoder.net.features((images / 255 - MEAN) / STD)
-        codes = torch.zeros(10, 512)
-        for label in range(10):
-            codes[label] = features[labels == label].mean(0).detach()
     torch.manual_seed(5)
-    generator = Generator(codes).train()
+    generator = train.new_generator(form, encoder, images, labels).train()
     generator.to(memory_format=torch.channels_last)
-    learning = list(generator.parameters())
     if form != "paper":
-        generator.unet.encoder.levels.load_state_dict(encoder.net.levels.state_dict())
         generator.unet.encoder.eval()  # frozen
-        learning = [p for name, p in generator.named_parameters() if "encoder" not in name]
+    learning = [p for p in generator.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, weight_decay=0.5)
     step = 0
     for epoch in (1, 2):
@@ -714,6 +807,23 @@ def test_the_losses_are_those_of_algorithm_1_by_hand(tmp_path, shapes, form):
         assert torch.allclose(logged, expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("form", ["pretrained", "hardened"])
+def test_a_generator_starts_from_the_frozen_encoder_and_hardened_has_its_mean_features(form,
+                                                                                      shapes):
+    images, labels = shapes["train"]
+    encoder = make_network("encoder")
+    generator = train.new_generator(form, encoder, images, labels).eval()
+    x = images / 255
+    logits = encoder.net.linear(encoder_features(generator, x))
+    assert torch.allclose(logits, encoder(x), atol=1e-5)
+    for name, parameter in generator.named_parameters():
+        assert parameter.requires_grad != ("encoder" in name)
+    if form == "hardened":
+        for label, code in enumerate(generator.unet.codes):
+            features = encoder_features(generator, x[labels == label])
+            assert torch.allclose(code, features.mean(0), atol=1e-5)
+
+
 def test_the_targets_loss_falls_and_the_auxiliary_models_rises(tmp_path, data):
     """What Algorithm 1 is for: 30 steps with the classifiers that ship."""
     target = load_classifier("vgg13_bn")
@@ -721,33 +831,18 @@ def test_the_targets_loss_falls_and_the_auxiliary_models_rises(tmp_path, data):
     encoder = load_classifier("encoder")
     train_generator(target, aux, take(data, 320), f"{tmp_path}/a", encoder=encoder, epochs=3,
                     precision="fp32")
-    log = read_log(f"{tmp_path}/a.jsonl")
+    log = read_log(f"{tmp_path}/a.pt")
     first = log[0]["train"]
     last = log[-1]["train"]
     assert last["target"] < first["target"]
     assert -last["aux"] > -first["aux"]
 
 
-def test_without_a_named_auxiliary_model_the_encoder_plays_the_person(tmp_path, folder):
-    """In Python it is as if the encoder had been given; the command names the file by it."""
-    by_default = train_pair(f"{tmp_path}/default", aux=None, epochs=1)
-    given = train_pair(f"{tmp_path}/given", aux=make_network("encoder"), epochs=1)
-    without = train_pair(f"{tmp_path}/none", aux="none", epochs=1)
-    assert_equal(by_default.state_dict(), given.state_dict())
-    assert not torch.equal(by_default.unet.exit.weight, without.unet.exit.weight)
-    assert call(train, "--target", "resnet18") == 0
-    assert os.path.exists("runs/generator-resnet18-encoder.pt")
-
-
-def test_the_form_paper_has_no_encoder_and_needs_a_named_auxiliary_model(tmp_path, folder, shapes):
-    assert call(train, "--target", "resnet18", "--form", "paper") == 2
-    with pytest.raises(ValueError, match="needs an auxiliary model"):
-        train_generator(make_service(), None, shapes, f"{tmp_path}/a", form="paper")
-
-
-def halve_and_double(channel):
-    half = channel.resize((16, 16), Image.Resampling.BOX)
-    return half.resize((32, 32), Image.Resampling.BILINEAR)
+def test_without_a_named_auxiliary_model_the_encoder_plays_the_person(folder):
+    assert call(train, "--target", "resnet18", "--epochs", "1") == 0
+    _, meta = load_generator("runs/generator-resnet18-encoder.pt")
+    assert meta["aux_sha256"] == meta["encoder_sha256"] != "none"
+    assert call(train, "--target", "resnet18", "--form", "paper") == 2  # it has no encoder
 
 
 def test_the_lossy_channel_is_noise_and_the_colour_of_a_jpeg():
@@ -774,14 +869,6 @@ def test_the_lossy_channel_is_noise_and_the_colour_of_a_jpeg():
 
 
 # --- train.py: stopped, changed, diverged ---------------------------------------------------------
-def train_pair(path, **changes):
-    """A short training of the default form."""
-    settings = {"target": make_service(1), "aux": make_service(2),
-                "data": take(make_shapes(), 48), "encoder": make_network("encoder"),
-                "epochs": 4, "batch_size": 16, "precision": "fp32"}
-    return train_generator(path=path, **(settings | changes))
-
-
 @pytest.mark.parametrize("training", [train_encoder, train_pair])
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, training):
     kill_after_an_epoch(training, f"{tmp_path}/killed")
@@ -808,7 +895,7 @@ def test_a_training_with_other_networks_or_settings_is_refused(tmp_path, monkeyp
     data = take(make_shapes(), 48)
     images, labels = data["train"]
     for change, words in (({"target": make_service(3)}, "the target changed since"),
-                          ({"aux": "none"}, "the aux changed since"),
+                          ({"aux": None}, "the aux changed since"),
                           ({"encoder": build_classifier("encoder")}, "the encoder changed since"),
                           ({"data": data | {"train": (images + 1, labels)}}, "the images changed"),
                           ({"data": data | {"train": (images, labels.roll(1))}}, "the labels"),
@@ -862,7 +949,7 @@ def test_fp16_with_its_scaler_follows_float32(tmp_path, shapes, device):
         path = f"{tmp_path}/{precision}"
         train_generator(service, service, data, path, form="paper", epochs=3, batch_size=8,
                         lr=1e-4, w_aux=0.5, precision=precision, device=device)
-        losses[precision] = [epoch["train"]["total"] for epoch in read_log(f"{path}.jsonl")]
+        losses[precision] = [epoch["train"]["total"] for epoch in read_log(f"{path}.pt")]
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert losses["fp16"] != losses["fp32"]  # it did compute in 16 bits
 
@@ -875,33 +962,20 @@ def test_a_stopped_fp16_training_goes_on_with_its_scale(tmp_path, shapes, monkey
     service = make_service(side=16).to(device)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save", stop_at_the_checkpoint)
-        train_generator(service, "none", path=f"{tmp_path}/stopped", **settings)
+        train_generator(service, None, path=f"{tmp_path}/stopped", **settings)
     checkpoint = torch.load(tmp_path / "stopped.checkpoint")
     done = checkpoint["optimizer"]["state"][0]["step"].item()
     assert 0 < done < 4  # some of the four overflow, not all
     assert checkpoint["scaler"]["scale"] == 65536 / 2 ** (4 - done)
     losses = []
     for name in ("stopped", "whole"):
-        train_generator(service, "none", path=f"{tmp_path}/{name}", **settings)
-        losses.append(read_log(f"{tmp_path}/{name}.jsonl")[1]["train"]["total"])
+        train_generator(service, None, path=f"{tmp_path}/{name}", **settings)
+        losses.append(read_log(f"{tmp_path}/{name}.pt")[1]["train"]["total"])
     tolerance = 0 if device == "cpu" else 0.01
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
 # --- train.py: a classifier of one's own ----------------------------------------------------------
-class Service(nn.Module):
-    """Answers by a function of its network and the images."""
-
-    def __init__(self, answer, network=None):
-        super().__init__()
-        self.answer = answer
-        self.network = network or make_service()
-
-    def forward(self, x):
-        return self.answer(self.network, x)
-
-
-hidden = make_service()  # no child module of a service that uses it
 BROKEN = [
     ("changes its input", Service(lambda network, x: network(x.sub_(0.5)))),
     ("no gradient", Service(lambda network, x: network((255 * x).round() / 255))),
@@ -926,7 +1000,7 @@ BROKEN = [
 def test_a_service_that_would_go_wrong_is_refused_before_the_first_step(tmp_path, shapes, words,
                                                                         service):
     with pytest.raises(ValueError, match=words):
-        train_generator(service, "none", shapes, f"{tmp_path}/a", form="paper", epochs=1)
+        train_generator(service, None, shapes, f"{tmp_path}/a", form="paper", epochs=1)
     assert os.listdir(tmp_path) == []
 
 
@@ -946,16 +1020,6 @@ def test_a_service_that_flattens_by_view_works_as_for_its_owner(tmp_path):
         protected = protect(generator, images)
         scores = score(images, protected, service, service, labels)
         assert scores["target_accuracy"] == accuracy(same, protected, labels)
-
-
-class Remembers(nn.Sequential):
-    """Has an extra state that is no tensor."""
-
-    def get_extra_state(self):
-        return {"version": 2}
-
-    def set_extra_state(self, state):
-        pass
 
 
 def test_a_service_with_an_extra_state_is_known_by_its_weights(tmp_path):
@@ -1008,19 +1072,16 @@ def test_a_label_without_a_logit_is_refused_before_the_first_step(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_network_that_is_no_classifier_of_ours_is_not_trained_for_nothing(tmp_path, shapes):
-    with pytest.raises(ValueError, match="trains a Classifier"):
-        train_classifier(make_service(), shapes, f"{tmp_path}/a")
-
-
 def test_the_readmes_python_does_what_it_says(tmp_path, monkeypatch, capsys):
-    """As it stands, on a folder of images of seven classes, and on to the phone's file."""
+    """As it stands, for a photo and a folder of images of seven classes, and on to the phone."""
     images, labels = make_shapes(classes=7)["train"]
     for i, (image, label) in enumerate(zip(images, labels)):
         place = tmp_path / "my-images" / f"class-{label}"
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(to_numpy(image)).save(place / f"{i}.jfif", "JPEG")
     Path(tmp_path / "my-images" / "class-0" / "notes.txt").write_text("no image")
+    Image.effect_noise((90, 60), 100).convert("RGB").save(tmp_path / "photo.jpg")
+    os.symlink(ROOT / "weights", tmp_path / "weights")
     monkeypatch.chdir(tmp_path)
     names = {"MyClassifier": functools.partial(make_service, side=64, classes=7)}
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
@@ -1048,25 +1109,14 @@ def test_all_means_the_generators_of_table_2(names, expected):
     assert len(set(pairs)) == len(pairs) == expected
 
 
-def test_a_torchrun_share_is_every_nth_pair_and_fails_if_all_of_it_fails(folder, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    words = ["--target", "resnet18", "mobilenet_v2", "--aux", "none", "--form", "paper",
-             "--epochs", "1", "--precision", "fp32"]
-    assert "1 of 1 generators failed" in call(train, *words, "--lr", "1e30")
-    assert call(train, *words) == 0
-    assert not os.path.exists("runs/generator-resnet18-none-paper.pt")
-    assert os.path.exists("runs/generator-mobilenet_v2-none-paper.pt")
-
-
 def test_ctrl_c_says_that_the_same_command_goes_on(folder):
-    command = [sys.executable, "-u", f"{ROOT}/train.py", *PAIR, "--form", "paper", "--limit", "100",
-               "--data", f"{ROOT}/data", "--precision", "fp32", "--device", "cpu"]
+    command = [sys.executable, "-u", f"{ROOT}/train.py", *PAIR, "--form", "paper", "--data",
+               f"{ROOT}/data", "--precision", "fp32", "--device", "cpu"]
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job ignores Ctrl-C
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     for line in process.stdout:
-        if "epoch 1/100" in line:
+        if "100 epochs of" in line:
             break
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -1082,8 +1132,8 @@ def test_a_generator_scores_on_a_gpu_what_it_scores_on_a_cpu(folder):
         assert call(evaluate, "--device", device, "--attack", "--out", device) == 0
         results = json.loads(Path(f"{device}/results.json").read_text())
         scores[device] = results["generators"]["resnet18-mobilenet_v2"]
-        scores[device]["psnr"] = scores[device]["read_back"]["psnr"]
-    tolerances = {"target_accuracy": 2, "aux_accuracy": 2, "ssim": 0.01, "psnr": 0.5}
+        scores[device]["read back"] = scores[device]["read_back"]["ssim"]
+    tolerances = {"target_accuracy": 2, "aux_accuracy": 2, "ssim": 0.01, "read back": 0.02}
     for key, tolerance in tolerances.items():
         assert scores["cuda"][key] == pytest.approx(scores["cpu"][key], abs=tolerance)
 
@@ -1098,7 +1148,7 @@ def test_the_scores_are_those_of_the_direct_computation(shapes):
     protected = protect(generator, images)
     assert torch.equal(protected, (255 * generator(images / 255)).round())  # 8 bits
     protected[::2] = images[::2]  # half of them show
-    result = score(images, protected, target, aux, labels)
+    result = score(images, protected, target, aux, labels, {"w_aux": 2.0})
 
     target_logits = target(protected / 255)
     aux_logits = aux(protected / 255)
@@ -1106,7 +1156,7 @@ def test_the_scores_are_those_of_the_direct_computation(shapes):
     expected = {"target": cross_entropy(target_logits, labels).mean().item(),
                 "aux": -cross_entropy(aux_logits, labels).mean().item(),
                 "ssim": similarity.mean().item()}
-    expected["total"] = expected["target"] + expected["aux"] + 0.5 * expected["ssim"]
+    expected["total"] = expected["target"] + 2 * expected["aux"] + 0.5 * expected["ssim"]
     assert result["loss"] == pytest.approx(expected, abs=1e-3)
     assert result["target_accuracy"] == 2.5 * (target_logits.argmax(1) == labels).sum()  # percent
     assert result["aux_accuracy"] == 2.5 * (aux_logits.argmax(1) == labels).sum()
@@ -1114,11 +1164,9 @@ def test_the_scores_are_those_of_the_direct_computation(shapes):
     assert result["ssim_largest"] == pytest.approx(1)
     own = train.visibility(images, protected)
     other = train.visibility(images.roll(20, 0), protected)
-    same_class = train.visibility(images.roll(-10, 0), protected)  # the labels are 0 to 9, again
-    expected = {"own": own.mean().item(), "other": other.mean().item(),
-                "same_class": same_class.mean().item()}
+    expected = {"own": own.mean().item(), "other": other.mean().item()}
     assert result["visibility"] == pytest.approx(expected)
-    assert result["worst"] == (own - same_class).topk(10).indices.tolist()
+    assert result["worst"] == (own - other).topk(10).indices.tolist()
 
 
 def test_visibility_is_the_multiple_correlation_of_a_direct_least_squares(shapes):
@@ -1151,14 +1199,6 @@ def test_visibility_is_the_multiple_correlation_of_a_direct_least_squares(shapes
     assert measured == pytest.approx(expected, abs=1e-4)
 
 
-def shows(images, protected):
-    """Can uint8 images be made out in protected ones (N, 3, H, W) in [0, 1]?"""
-    protected = (255 * protected).round().byte()
-    own = train.visibility(images, protected).mean()
-    other = train.visibility(images.roll(1, 0), protected).mean()
-    return own - other > train.VISIBLE
-
-
 @pytest.mark.parametrize("form, visible", [("pretrained", True), ("hardened", False)])
 def test_a_training_says_in_one_line_if_images_can_be_made_out(tmp_path, capsys, form, visible):
     """Three steps are too few for pretrained; hardened never shows more than the class."""
@@ -1166,12 +1206,6 @@ def test_a_training_says_in_one_line_if_images_can_be_made_out(tmp_path, capsys,
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"Look at {tmp_path}/a.png" in last
     assert ("WARNING: the originals can be made out" in last) == visible
-
-
-def stripes(width, axis):
-    """Black and white lines along one axis, 32 x 32."""
-    line = torch.arange(32) // width % 2
-    return line[:, None].expand(32, 32) if axis == 0 else line.expand(32, 32)
 
 
 def test_what_can_be_made_out_is_called_visible_and_what_cannot_is_not(data):
@@ -1183,6 +1217,9 @@ def test_what_can_be_made_out_is_called_visible_and_what_cannot_is_not(data):
     grey = x.mean(1, keepdim=True).expand(x.shape)
     nothing = torch.zeros_like(x[:, :1])
     one = torch.stack([x[labels == label][0] for label in range(10)])[labels]  # of each class
+    another = torch.empty_like(x)
+    for label in range(10):
+        another[labels == label] = x[labels == label].roll(1, 0)
     light = F.interpolate(F.avg_pool2d(grey, 2), (32, 32))
     light = light > grey.mean((2, 3), keepdim=True)
     tiles_of_4 = F.interpolate(torch.randn(1000, 1, 8, 8).sign(), (32, 32))
@@ -1207,7 +1244,7 @@ def test_what_can_be_made_out_is_called_visible_and_what_cannot_is_not(data):
     hidden = {
         "noise": noise,
         "a constant": torch.full_like(x, 0.5),
-        "another image of the class": x[train.next_of_class(labels)],
+        "another image of the class": another,
         "hardened": protect(load_generator(HARDENED)[0], images) / 255,
     }
     assert [name for name, protected in visible.items() if not shows(images, protected)] == []
@@ -1228,22 +1265,13 @@ def test_what_ships_hides_and_scores_what_the_results_say(data, name):
     assert visible["own"] - visible["other"] < train.VISIBLE
 
 
-def test_jpeg_is_pillows_and_halves_the_colour(data):
+def test_jpeg_is_what_pillow_writes_by_default(data):
     images = data["test"][0][:2]
-    received = evaluate.jpeg(images, "4:2:0")
+    received = evaluate.jpeg(images)
     for image, decoded in zip(images, received):
         file = io.BytesIO()
         Image.fromarray(to_numpy(image)).save(file, "JPEG", quality=75)  # Pillow's own default
         assert np.array_equal(to_numpy(decoded), np.array(Image.open(file)))
-    assert not torch.equal(evaluate.jpeg(images, "4:4:4"), received)
-
-
-def test_whom_the_service_repeats_by_hand():
-    service, target, encoder = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 9, 9, 4, 9],
-                                             [0, 1, 2, 3, 9, 8]])
-    expected = {"encoder": 100 * 4 / 6, "disagree": 4, "then_encoder": 50, "then_target": 25}
-    assert evaluate.repeats(service, target, encoder) == pytest.approx(expected)
-    assert evaluate.repeats(service, target, target)["then_encoder"] is None  # nowhere
 
 
 # --- evaluate.py: what a machine reads ------------------------------------------------------------
@@ -1260,11 +1288,7 @@ def test_an_image_is_found_if_nothing_is_more_similar_and_shares_among_equals():
     similarity = torch.tensor([[0.9, 0.1, 0.2, 0.3],
                                [0.1, 0.5, 0.5 + 1e-13, 0.4],  # equal but for rounding
                                [0.3, 0.2, 0.1, 0.9]], dtype=torch.float64)
-    found, median_rank = evaluate.score_matches(similarity)
-    assert found == pytest.approx(100 * (1 + 1 / 2 + 0) / 3)
-    assert median_rank == 1.5  # of 1, 1.5 and 4
-    _, median_rank = evaluate.score_matches(similarity[:2])
-    assert median_rank == 1.25
+    assert evaluate.share_found(similarity) == pytest.approx(100 * (1 + 1 / 2 + 0) / 3)
 
 
 def test_images_are_read_back_by_the_ridge_regression_that_serves_validation_best():
@@ -1301,28 +1325,6 @@ def test_images_are_shrunk_to_32_x_32_and_smaller_ones_stay():
     assert torch.equal(evaluate.shrink(images[:, :, :28, :28]), images[:, :, :28, :28] / 255)
 
 
-class Mixture(nn.Module):
-    """Mixes all pixels of images of 16 x 16, without loss, and adds noise."""
-
-    def __init__(self):
-        super().__init__()
-        self.matrix = nn.init.orthogonal_(torch.empty(768, 768))
-
-    def forward(self, x):
-        mixed = 0.5 + 0.3 * ((x - 0.5).flatten(1) @ self.matrix)
-        return (mixed + 0.02 * torch.randn(mixed.shape)).clamp(0, 1).view_as(x)
-
-
-def in_another_order(x):
-    order = torch.randperm(768, generator=torch.Generator().manual_seed(0))
-    return x.flatten(1)[:, order].view_as(x)
-
-
-def one_of_ten(x):
-    pictures = torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return pictures[make_service(side=16)(x).argmax(1)]
-
-
 def test_a_linear_map_reads_back_what_is_there_and_of_ten_pictures_no_more_than_ten(data):
     small = take(data, 12000, side=16)
     torch.manual_seed(0)
@@ -1344,19 +1346,22 @@ def test_a_linear_map_reads_back_what_is_there_and_of_ten_pictures_no_more_than_
         assert evaluate.read_back(generator, small)["found"] <= 1, name  # ten of 1,000 images
 
 
-def test_what_is_read_back_is_scored_by_mean_error_and_ssim(data):
-    """A constant is read back as the mean image of the images that the attacker learnt from."""
+def test_a_constant_is_read_back_as_the_mean_image_of_what_the_attacker_learnt_from(data):
     few = take(data, 30, side=16)
     images, labels = few["test"]
     train_images, train_labels = few["train"]
-    scores = evaluate.read_back(torch.zeros_like, few)
-    of_class = torch.stack([train_images[train_labels == i].float().mean(0) for i in labels])
+    result = evaluate.read_back(torch.zeros_like, few)
     mean = train_images.float().mean(0).expand(images.shape)
-    for guess, measured in ((mean, scores), (of_class, scores["class_mean"])):
-        psnr = 10 * (255 ** 2 / ((guess - images) ** 2).mean((1, 2, 3))).log10()
-        assert measured["psnr"] == pytest.approx(psnr.mean().item(), abs=1e-3)
-        assert measured["ssim"] == pytest.approx(
-            their_ssim(images / 255, guess / 255, data_range=1).item(), abs=1e-4)
+    similarity = their_ssim(images / 255, mean / 255, data_range=1)
+    assert result["ssim"] == pytest.approx(similarity.item(), abs=1e-4)
+    assert result["found"] == pytest.approx(100 / 30)  # all are equally similar
+    of_class = torch.stack([train_images[train_labels == i].float().mean(0) for i in labels])
+    nearest = np.corrcoef(of_class.flatten(1), images.flatten(1))[:30, 30:]
+    found = 0
+    for i, row in enumerate(nearest):
+        if row[i] == row.max():
+            found += 1
+    assert result["class_alone"] == pytest.approx(100 * found / 30)
 
 
 def test_another_view_is_mirrored_shifted_and_brighter(data):
@@ -1369,11 +1374,6 @@ def test_another_view_is_mirrored_shifted_and_brighter(data):
     difference = (back.float() - images)[:, :, :30, 2:]
     clipped = (images >= 232)[:, :, :30, 2:]  # what the brighter view has lost
     assert difference[~clipped].abs().max() <= 1
-
-
-def folded(x):
-    """In place of a generator: hardly anything stays similar, but by the right view."""
-    return 0.5 + 0.5 * torch.sin(40 * x)
 
 
 def test_an_image_is_linked_if_one_of_the_tries_undoes_the_other_view(data):
@@ -1418,12 +1418,6 @@ def test_a_class_that_the_attacker_has_no_image_of_is_named(shapes):
 
 
 # --- evaluate.py: tables, figures, the command ----------------------------------------------------
-def entry(target, aux, target_accuracy, clean):
-    """What Table 2 needs of an entry of results.json."""
-    return {"target": target, "aux": aux, "target_accuracy": target_accuracy,
-            "clean_target_accuracy": clean}
-
-
 ENTRIES = [
     entry("vgg13_bn", "resnet18", 80.0, 94.0),
     entry("vgg13_bn", "vgg16_bn", 90.0, 94.0),
@@ -1445,45 +1439,21 @@ def test_table_2_by_hand():
     assert summary["pairs_under_5_points"] == 3  # 88 of 93 loses exactly 5
 
 
-def read_asset(name):
-    return json.loads((ROOT / "assets" / name).read_text())
-
-
-def test_readme_and_report_hold_every_line_of_the_tables():
-    """Results are written by evaluate.py, not typed."""
-    readme = (ROOT / "README.md").read_text()
-    report = (ROOT / "assets" / "results.md").read_text()
-    pages = (readme + report).splitlines()
+def test_the_tables_of_readme_and_results_are_those_that_evaluate_wrote():
+    """No row of them is typed, or older than the files beside results.md."""
     written = set()
     for name in ("results.json", "paper-settings.json"):
-        text = evaluate.tables(read_asset(name))
-        rows = {line for line in text.splitlines() if line.startswith("|")}
-        assert not rows - set(pages), name
-        written |= rows
+        written |= set(evaluate.tables(read_asset(name)).splitlines())
+    pages = (ROOT / "README.md").read_text() + (ROOT / "assets" / "results.md").read_text()
     header = ""
-    for before, line in zip(["", *pages], pages):
+    rows = 0
+    for before, line in zip(["", *pages.splitlines()], pages.splitlines()):
         if not before.startswith("|"):
             header = line
         if line.startswith("|") and header in written and not line.startswith("| *"):
-            assert line in written  # no row of these tables is older than the files, or typed
-
-
-def test_the_readmes_median_of_five_is_that_of_the_results():
-    entries = read_asset("results.json")["generators"]
-    of_five = [entry for name, entry in entries.items() if entry["target"] == "vgg13_bn"
-               and entry["aux"] not in ("none", "encoder") and "hardened" not in name]
-    median = sorted(entry["target_accuracy"] for entry in of_five)[2]
-    misled = sorted(entry["aux_accuracy"] for entry in of_five)
-    row = (f"| *pretrained* | vgg13_bn, median of 5 | 93.12, {median:.2f} | {misled[0]:.2f} to "
-           f"{misled[-1]:.2f} |")
-    assert row in (ROOT / "README.md").read_text()
-
-
-def test_the_summary_of_the_results_is_that_of_their_generators():
-    results = read_asset("results.json")
-    for form, summary in results["summary"].items():
-        entries = [e for e in results["generators"].values() if e["meta"]["form"] == form]
-        assert evaluate.summarise(entries) == summary
+            assert line in written
+            rows += 1
+    assert rows > 30
 
 
 def test_the_whole_command(folder, monkeypatch, shapes):
@@ -1493,12 +1463,13 @@ def test_the_whole_command(folder, monkeypatch, shapes):
         write_generator(f"runs/{name}.pt", generator, target="resnet18", aux="mobilenet_v2")
     assert call(evaluate, "--timing", "--out", "out") == 0
     results = json.loads(Path("out/results.json").read_text())
-    assert sorted(results["summary"]) == ["hardened", "pretrained"]
     assert results["timing"]["networks"]["generator"]["parameters"] == 7_766_051
     text = Path("out/tables.md").read_text()
     for name, result in results["generators"].items():
         assert {f"generator-{name}.png", f"worst-{name}.png"} <= set(os.listdir("out"))
-        assert f"{result['ssim']:.4f}, {result['ssim_largest']:.3f}" in text
+        form = result["meta"]["form"]
+        assert f"| {form}: resnet18, mobilenet_v2 " in text
+        assert f"Table 2, form {form}" in text
 
     assert call(evaluate, "--attack", "--generator", f"runs/{NAME}.pt", "--out", "attack") == 0
     [result] = json.loads(Path("attack/results.json").read_text())["generators"].values()
@@ -1508,7 +1479,7 @@ def test_the_whole_command(folder, monkeypatch, shapes):
     seen = classifiers.answers(load_classifier("encoder"), images)
     protected = protect(generator, images)
     repeated = accuracy(load_classifier("resnet18"), protected, seen)
-    assert result["repeats"]["encoder"] == pytest.approx(repeated)
+    assert result["repeats"] == pytest.approx(repeated)
     assert f"{result['read_back']['found']:.1f} / " in Path("attack/tables.md").read_text()
     assert os.path.exists("attack/read-back-resnet18-mobilenet_v2.png")
 
@@ -1530,13 +1501,12 @@ def test_what_earlier_runs_measured_stays_whatever_their_order(folder, monkeypat
         assert call(evaluate, *runs[i], "--out", "out") == 0
     results = json.loads(Path("out/results.json").read_text())
     entries = list(results["generators"].values())
-    assert [entry["file"] for entry in entries] == [second, first]
-    assert [entry["read_back"] is None for entry in entries] == [True, False]
-    assert list(results["summary"]) == ["hardened", "pretrained"]
+    assert [entry["file"] for entry in entries] == [first, second]
+    assert [entry["read_back"] is None for entry in entries] == [False, True]
     text = Path("out/tables.md").read_text()
     assert text == evaluate.tables(results)
-    assert "| generator | 7,766,051 | 1.000 | 1.000 | 1.000 |" in text
-    assert text.count("| resnet18, mobilenet_v2 |") == 2
+    assert "| generator | 7,766,051 | 1.000 | 1.000 |" in text
+    assert text.count(": resnet18, mobilenet_v2 |") == 2
 
 
 def test_what_earlier_runs_measured_goes_with_what_it_was_measured_on(folder):
@@ -1553,22 +1523,16 @@ def test_what_earlier_runs_measured_goes_with_what_it_was_measured_on(folder):
         weights = build_classifier(network).net.state_dict()
         save(f"runs/{network}.pt", {"classifier": weights, "meta": {}})
 
-    change("densenet121")  # neither generator has met it
     score_again(second)
-    scored = score_again(first)
-    assert scored.keys() == {first, second}
-    assert "densenet121" in scored[second]["unseen"]
-    change("densenet121")
-    scored = score_again(first)
-    assert scored.keys() == {first, second}
-    assert "densenet121" not in scored[second]["unseen"]
+    assert score_again(first).keys() == {first, second}
+    change("mobilenet_v2")  # the auxiliary model of the first
+    assert score_again(second).keys() == {second}
+    assert score_again(first).keys() == {first, second}
     change("resnet18")  # the target of both
-    assert score_again(first).keys() == {first}
-    score_again(second)
-    assert os.path.exists("out/worst-resnet18-none.png")
+    assert score_again(second).keys() == {second}
+    assert score_again(first).keys() == {first, second}
     write_generator(second, make_generator(True), target="resnet18", aux="none")
     assert score_again(first).keys() == {first}
-    assert not os.path.exists("out/worst-resnet18-none.png")
     assert score_again(second, limit="19").keys() == {second}  # other images
 
 
@@ -1578,19 +1542,12 @@ def test_a_stopped_training_is_scored_and_exported_by_its_best_epoch(folder, mon
         assert call(train, *PAIR, "--epochs", "5") == 130
     stopped = f"runs/{NAME}.checkpoint"
     assert call(evaluate, "--generator", stopped, "--out", "out") == 0
-    assert ", stopped after epoch 1 |" in Path("out/tables.md").read_text()
+    assert "epoch 1 of 5, stopped after epoch 1:" in Path("out/tables.md").read_text()
     assert call(export_mobile, "--generator", stopped) == 0
     best = torch.load(stopped)["best"]["generator"]
     generator, _ = load_generator(stopped)
     assert torch.equal(generator.unet.exit.weight, best["unet.exit.weight"].float())
     assert os.path.exists(f"runs/{NAME}.ptl")
-
-
-def test_which_of_two_files_of_one_pair_counts_does_not_depend_on_the_order_of_runs():
-    first = {"file": "a.pt", "target": "resnet18", "aux": "none", "meta": {"form": "paper"}}
-    second = first | {"file": "b.pt"}
-    for results in ({"x": first, "x-2": second}, {"x": second, "x-2": first}):
-        assert evaluate.by_form(results) == {"paper": [second]}
 
 
 def test_ones_own_generator_takes_the_place_of_the_one_that_ships(folder):
@@ -1600,19 +1557,6 @@ def test_ones_own_generator_takes_the_place_of_the_one_that_ships(folder):
     assert call(evaluate, "--limit", "20", "--out", "out") == 0
     [result] = json.loads(Path("out/results.json").read_text())["generators"].values()
     assert result["file"] == f"runs/{NAME}.pt"
-
-
-def test_two_files_of_one_pair_count_once_in_table_2(folder):
-    files = [f"runs/{NAME}.pt", f"other/{NAME}.pt", "runs/generator-resnet18-none.pt"]
-    for path, aux in zip(files, ("mobilenet_v2", "mobilenet_v2", "none")):
-        write_generator(path, make_generator(), target="resnet18", aux=aux)
-    assert call(evaluate, "--generator", *files[1:], "--limit", "20", "--out", "out") == 0
-    assert call(evaluate, "--generator", files[0], "--limit", "20", "--out", "out") == 0
-    results = json.loads(Path("out/results.json").read_text())
-    assert {result["file"] for result in results["generators"].values()} == set(files)
-    summary = results["summary"]["pretrained"]
-    assert summary["pairs"] == summary["table_2"]["resnet18"]["pairs"] == 1
-    assert summary["table_2"]["resnet18"]["none"] is not None
 
 
 def test_milliseconds_are_of_one_image():
@@ -1667,28 +1611,15 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
         evaluate.load_folder(str(tmp_path), (16, 16))
 
 
-def test_results_of_two_images_never_have_one_name():
+def test_two_images_of_one_name_are_refused(folder):
     """Some disks take IMG for img."""
-    paths = ["a/IMG.jpg", "b/img.jpg", "img-2.jpg", "img.png"]
-    names = evaluate.name_files(paths, {})
-    assert list(names) == paths
-    assert len({name.lower() for name in names.values()}) == 4
+    write_generator(f"runs/{NAME}.pt", make_generator(), target="resnet18", aux="none")
+    assert "have the same name" in call(evaluate, "--image", "a/IMG.jpg", "b/img.png")
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
     Image.new("RGBA", (40, 40), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert evaluate.open_image(f"{tmp_path}/clear.png", (20, 30)).min() == 255
-
-
-def test_one_image_is_visible_in_its_negative_but_not_when_hardened(data):
-    images = data["test"][0][:50]
-    hardened = protect(load_generator(HARDENED)[0], images)
-    warnings = {"negative": 0, "hardened": 0}
-    for original, protected in zip(images.split(1), hardened.split(1)):
-        warnings["negative"] += "WARNING" in evaluate.describe_one(original, 255 - original)
-        warnings["hardened"] += "WARNING" in evaluate.describe_one(original, protected)
-    assert warnings["negative"] > 45
-    assert warnings["hardened"] < 5
 
 
 def test_images_that_cannot_be_read_are_named_and_the_others_done(folder, capsys):
@@ -1772,38 +1703,6 @@ def test_a_file_that_gives_other_images_is_refused(folder, monkeypatch):
     assert "gives other images than the generator" in call(export_mobile, "--images", "20")
 
 
-def start_service():
-    """A recognition service on an untrained mobilenet_v2; returns it and its address."""
-    server = export_mobile.RecognitionServer(make_network("mobilenet_v2"), "127.0.0.1", 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server, server.server_address
-
-
-def make_png(size=(32, 32), mode="RGB", format="PNG"):
-    w, h = size
-    pixels = np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, format)
-    return file.getvalue()
-
-
-def exchange(address, message):
-    """A client written by hand: what comes back, b"" if the service just closes."""
-    with socket.create_connection(address, 30) as connection:
-        try:
-            connection.sendall(message)
-            return connection.recv(100)
-        except ConnectionError:  # it may be closed while we are still sending
-            return b""
-
-
-def request(content, length=None):
-    """A message of the phone: 16 characters of length, then the PNG."""
-    if length is None:
-        length = len(content)
-    return str(length).ljust(16).encode() + content
-
-
 BAD_MESSAGES = {  # by what the service's log has to say about them
     "invalid literal": b"hello, world    ",
     "not 1 to 65536": request(b"", 65537),
@@ -1857,45 +1756,3 @@ def test_the_demo_goes_from_phone_to_service_and_back(folder, monkeypatch, shape
     assert file == f"runs/{NAME}.{ending}"
     assert report["files"][file]["target_accuracy"] == pytest.approx(expected)
     assert report["demo"]["accuracy"] == pytest.approx(expected)
-
-
-# --- How fast: python test_core.py ----------------------------------------------------------------
-def straightforward_training(target, aux, images, labels):
-    """Seconds of the paper's loop without thought for speed: float32, all of U is trained."""
-    generator = Generator()
-    optimizer = torch.optim.AdamW(generator.parameters(), 0.005, weight_decay=0.0005)
-    start = time.monotonic()
-    for x, y in zip(images.split(256), labels.split(256)):
-        x = random_crop_flip(x) / 255
-        protected = generator(x)
-        loss_target = F.cross_entropy(target(protected), y)
-        loss_aux = -F.cross_entropy(aux(protected), y)
-        loss_ssim = their_ssim(x, protected, data_range=1)
-        loss = loss_target + loss_aux + 0.5 * loss_ssim
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return time.monotonic() - start
-
-
-def main():
-    """The form pretrained beside a straightforward loop, three times, side by side."""
-    images, labels = load_cifar10(f"{ROOT}/data")["train"]
-    data = {"train": (images[:1536], labels[:1536]), "validation": (images[:8], labels[:8])}
-    os.chdir(ROOT)
-    target = load_classifier("vgg13_bn")
-    aux = load_classifier("resnet18")
-    ratios = []
-    for i in range(3):
-        with tempfile.TemporaryDirectory() as out:
-            train_generator(target, aux, data, f"{out}/a", encoder=load_classifier("encoder"))
-            ours = read_log(f"{out}/a.jsonl")[0]["seconds"]
-        theirs = straightforward_training(target, aux, *data["train"])
-        ratios.append(theirs / ours)
-        print(f"{1536 / ours:.0f} images/s, straightforward {1536 / theirs:.0f}", flush=True)
-    print(f"{classifiers.hardware('cpu')}: ratio {np.median(ratios):.2f}, {min(ratios):.2f} to "
-          f"{max(ratios):.2f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,33 +1,27 @@
 """Train protective perturbation generators: Algorithm 1 with the loss of Eq. (1) to (4).
 
-    python train.py --target vgg13_bn --aux resnet18                    from the pretrained encoder
-    python train.py --target vgg13_bn                                   with it as auxiliary model
-    python train.py --target vgg13_bn --aux resnet18 --form paper       the paper's own settings
-    python train.py --target vgg13_bn --aux resnet18 --form hardened    from the class alone
-    torchrun --nproc-per-node 8 -- train.py --target all --aux all none    all 64 of Table 2
+    python train.py --target vgg13_bn --aux resnet18                    our default form
+    python train.py --target vgg13_bn --aux resnet18 --form hardened    our other form
+    python train.py --target vgg13_bn --aux resnet18 --form paper       Section 4.1.3 to the letter
+    python train.py --target all --aux all none --form paper            all 64 of Table 2
 """
 
 import argparse
-import io
-import json
-import math
 import os
 import time
 from collections import namedtuple
-from collections.abc import Iterator
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
 from classifiers import (CLASSIFIERS, Classifier, UserError, accuracy, add_common_arguments,
-                         autocast, check_classifier, check_data, choose_precision, fingerprint,
-                         hardware, learning_rate, load, load_checkpoint, load_cifar10,
-                         load_classifier, load_finished, load_weights, network_fingerprint,
-                         positive_int, print_progress, random_crop_flip, run, save,
-                         scoring_batches, to_16_bits, to_float)
+                         autocast, check_classifier, check_data, check_finite, choose_precision,
+                         fingerprint, hardware, learning_rates, load, load_checkpoint,
+                         load_cifar10, load_classifier, load_finished, load_weights,
+                         network_fingerprint, percent, positive_int, print_progress,
+                         random_crop_flip, run, save, scoring_batches, to_16_bits, to_float)
 from ssim import ssim
 from unet import Generator
 
@@ -60,11 +54,12 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
     return Loss(total, loss_target, loss_aux, loss_ssim)
 
 
-# What differs between the three forms of the method. "paper" has the settings of Section 4.1.3, the
-# other two are ours. U starts at random or from a trained encoder, which stays frozen. It adds
-# delta to the image, or it paints a new image from the code of a class alone. An epoch is a pass
-# over all images, or max_steps steps if these are fewer; "hardened" needs few, because it has only
-# as many pictures to paint as there are classes.
+# What differs between the three forms of the method:
+# - "paper" has the settings of Section 4.1.3. U starts at random and adds delta to the image.
+# - "pretrained" is ours. U adds delta too, but starts from a trained encoder, which stays frozen.
+# - "hardened" is ours. U starts likewise, and paints a new image from the code of a class alone.
+# An epoch is a pass over all images, or max_steps steps if these are fewer; "hardened" needs few,
+# because it has only as many pictures to paint as there are classes.
 #
 # With the balanced loss the same weights of its terms served all thirty pairs tried. -CE(aux) pulls
 # as hard as ever when the auxiliary model has long been fooled, and harder with one model than with
@@ -87,8 +82,8 @@ FORMS = {
 def lossy_channel(protected: Tensor) -> Tensor:
     """Return what arrives of protected images (N, 3, H, W) in [0, 1]. The paper has none.
 
-    Every batch gets noise. Every second batch, by chance, keeps its colour at half resolution only,
-    as nearly every JPEG file does (4:2:0, with JFIF's luma and colour differences).
+    Every batch gets noise. With probability 1/2 its colour is kept at half resolution only, as
+    nearly every JPEG file keeps it (4:2:0, with JFIF's luma and colour differences).
     """
     noise = torch.randn_like(protected)
     noisy = (protected + 0.1 * noise).clamp(0, 1)
@@ -116,7 +111,7 @@ def class_codes(encoder: Classifier, images: Tensor, labels: Tensor) -> Tensor:
         of_class = images[labels == label][:500]
         features = []
         for [batch] in scoring_batches(of_class):
-            z = (to_float(batch) - encoder.mean) / encoder.std
+            z = encoder.normalize(to_float(batch))
             features.append(encoder.net.features(z))
         codes.append(torch.cat(features).mean(0))
     return torch.stack(codes)
@@ -124,23 +119,25 @@ def class_codes(encoder: Classifier, images: Tensor, labels: Tensor) -> Tensor:
 
 # --- Algorithm 1 ----------------------------------------------------------------------------------
 def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, images: Tensor,
-                labels: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                rates: list[float], batch_size: int, flip: bool, lossy: bool, loss_settings: dict,
-                precision: str) -> Iterator[Tensor]:
-    """Run the inner loop of Algorithm 1: one step for each learning rate.
+                labels: Tensor, loss_settings: dict, optimizer: torch.optim.Optimizer,
+                scaler: torch.amp.GradScaler, rates: list[float], settings: dict) -> Tensor:
+    """Run the inner loop of Algorithm 1, a step for each learning rate.
 
-    images are uint8 (N, 3, H, W), labels int64 (N,). A rest smaller than a batch is dropped. The
-    Loss of each step is yielded as a tensor (4,), so that the caller can count and print.
+    images are uint8 (N, 3, H, W), labels int64 (N,): X and Y. loss_settings are what
+    protective_loss takes, `settings` what train_generator writes into its file. A rest smaller than
+    a batch is dropped. Returns the Loss of each step: (steps, 4).
     """
+    losses = []
+    start = time.monotonic()
     order = torch.randperm(len(images), device=images.device)
-    for batch, rate in zip(order.split(batch_size), rates):  # foreach x, y in X, Y
-        x = to_float(random_crop_flip(images[batch], flip))
+    for batch, rate in zip(order.split(settings["batch_size"]), rates):  # foreach x, y in X, Y
+        x = to_float(random_crop_flip(images[batch], settings["flip"]))
         x = x.contiguous(memory_format=torch.channels_last)  # faster
         y = labels[batch]
-        with autocast(images.device.type, precision):
-            protected = generator(x)  # delta = U(x), x' = clamp(x + delta), hardened without x
+        with autocast(images.device.type, settings["precision"]):
+            protected = generator(x)  # delta = U(x), x' = clamp(x + delta)
             received = protected
-            if lossy:
+            if settings["lossy_channel"]:
                 received = lossy_channel(protected)  # ours: what arrives of x'
             received = received.contiguous()  # the view() of many a service needs it
             target_logits = target(received)  # y_pred_target = F_target(x')
@@ -153,7 +150,9 @@ def train_epoch(generator: Generator, target: nn.Module, aux: nn.Module | None, 
         scaler.step(optimizer)  # "Update U to minimize Loss"
         scaler.update()
         optimizer.zero_grad()
-        yield torch.stack(loss).detach()
+        losses.append(torch.stack(loss).detach())
+        print_progress(len(losses), len(rates), start, len(y))
+    return torch.stack(losses)
 
 
 # --- Validation (Section 4.2.1); evaluate.py reports with the same functions ----------------------
@@ -227,65 +226,55 @@ def visibility(images: Tensor, protected: Tensor) -> Tensor:
     return torch.cat(values)
 
 
-def next_of_class(labels: Tensor) -> Tensor:
-    """Return the index of the next image of the same class (N,); after the last comes the first."""
-    following = torch.empty_like(labels)
-    for label in labels.unique():
-        indices = (labels == label).nonzero().flatten()
-        following[indices] = indices.roll(-1)
-    return following
+def by_term(losses: Tensor) -> dict[str, float]:
+    """Turn a loss (4,) into a dict with the names of Loss."""
+    return dict(zip(Loss._fields, losses.tolist()))
 
 
 @torch.no_grad()
 def score(images: Tensor, protected: Tensor, target: nn.Module, aux: nn.Module | None,
-          labels: Tensor, **loss_settings) -> dict:
+          labels: Tensor, loss_settings: dict | None = None) -> dict:
     """Score protected images against their originals, both uint8 (N, 3, H, W), with labels (N,).
 
     Returns the accuracies in percent (Eq. 5; aux_accuracy is None without an auxiliary model).
-    visibility holds three means: of the protected images with their "own" originals, with "other"
-    images, and with others of the "same_class"; below 50 images they are left to chance. worst has
-    the indices of the ten images of which most shows beyond their class. The absolute SSIM is given
-    as ssim (the mean, as in Figure 8) and as ssim_largest. loss holds protective_loss and its
-    terms, with these settings.
+    visibility holds two means: of the protected images with their "own" originals and with "other"
+    images; below 50 images they are left to chance. worst has the indices of the ten images of
+    which most shows. The absolute SSIM is given as ssim (the mean, as in Figure 8) and as
+    ssim_largest. With loss_settings, loss is protective_loss and its terms.
     """
-    loss_sums = 0
-    target_correct = 0
-    aux_correct = 0
+    target_right = []
+    aux_right = []
     aux_logits = None
     similarities = []
+    loss_sums = 0
     for x, x_protected, y in scoring_batches(images, protected, labels):
         x = to_float(x)
         x_protected = to_float(x_protected)
         target_logits = target(x_protected)
-        target_correct += (target_logits.argmax(1) == y).sum().item()
+        target_right.append(target_logits.argmax(1) == y)
         if aux is not None:
             aux_logits = aux(x_protected)
-            aux_correct += (aux_logits.argmax(1) == y).sum().item()
+            aux_right.append(aux_logits.argmax(1) == y)
         similarities.append(ssim(x, x_protected).abs())
-        loss = protective_loss(x, x_protected, target_logits, aux_logits, y, **loss_settings)
-        loss_sums += len(y) * torch.stack(loss)
-    n = len(labels)
+        if loss_settings is not None:
+            loss = protective_loss(x, x_protected, target_logits, aux_logits, y, **loss_settings)
+            loss_sums += len(y) * torch.stack(loss)
     similarity = torch.cat(similarities)
     own = visibility(images, protected)
-    other = visibility(images.roll(n // 2, 0), protected)  # far away, if labels are sorted
-    same_class = visibility(images[next_of_class(labels)], protected)
-    return {
-        "target_accuracy": 100 * target_correct / n,  # Eq. (5)
-        "aux_accuracy": None if aux is None else 100 * aux_correct / n,
-        "visibility": {"own": own.mean().item(), "other": other.mean().item(),
-                       "same_class": same_class.mean().item()},
-        "worst": (own - same_class).topk(min(10, n)).indices.tolist(),
+    other = visibility(images.roll(len(labels) // 2, 0), protected)  # far away, if labels are sorted
+    scores = {
+        "target_accuracy": percent(torch.cat(target_right)),  # Eq. (5)
+        "aux_accuracy": None,
+        "visibility": {"own": own.mean().item(), "other": other.mean().item()},
+        "worst": (own - other).topk(min(10, len(labels))).indices.tolist(),
         "ssim": similarity.mean().item(),
         "ssim_largest": similarity.max().item(),
-        "loss": Loss(*(loss_sums / n).tolist())._asdict(),
     }
-
-
-def encode_png(image: Tensor) -> bytes:
-    """Return a uint8 image (3, H, W) as the bytes of a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
-    return file.getvalue()
+    if aux is not None:
+        scores["aux_accuracy"] = percent(torch.cat(aux_right))
+    if loss_settings is not None:
+        scores["loss"] = by_term(loss_sums / len(labels))
+    return scores
 
 
 # --- A whole training -----------------------------------------------------------------------------
@@ -304,8 +293,20 @@ def draw_protected(path: str, images: Tensor, protected: Tensor) -> None:
     shown = torch.cat([images, protected])
     zoom = max(1, 128 // shown.shape[3])  # 32 pixels are too few to judge by
     shown = shown.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    grid = make_grid(shown, nrow=len(images))
-    save(path, encode_png(grid))
+    save_image(shown / 255, path, nrow=len(images))
+
+
+def new_generator(form: str, encoder: Classifier | None, images: Tensor,
+                  labels: Tensor) -> Generator:
+    """Return the generator that a training starts with: see FORMS, and class_codes for the rest."""
+    codes = None
+    if FORMS[form]["painted_from"] == "class":
+        codes = class_codes(encoder, images, labels)
+    generator = Generator(codes)  # "Randomly initialize U"
+    if FORMS[form]["start"] == "encoder":
+        generator.unet.encoder.levels.load_state_dict(encoder.net.levels.state_dict())
+        generator.unet.encoder.requires_grad_(False)
+    return generator
 
 
 def describe_visibility(visible: dict) -> str:
@@ -322,7 +323,7 @@ def describe(loss: dict) -> str:
             f"ssim {loss['ssim']:.3f})")
 
 
-def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, path: str, *,
+def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: str, *,
                     form: str = "pretrained", encoder: Classifier | None = None,
                     epochs: int | None = None, batch_size: int | None = None, lr: float = 0.005,
                     weight_decay: float = 0.0005, w_target: float = 1.0,
@@ -335,9 +336,9 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
     [0, 1] and return logits (N, classes). `data` is like load_cifar10's: "train" and "validation"
     are uint8 images (N, 3, H, W), H and W >= 16, and int64 labels (N,). Data and networks are on
     `device`. `encoder` is a trained build_classifier("encoder"): U gets its layers, frozen, and the
-    hardened form its codes. If aux is None, the encoder is the auxiliary model too; "none" trains
-    without one, and then images show, except with "hardened". The form "paper" takes no encoder, so
-    aux must be named there. All classifiers get frozen, and the encoder.
+    hardened form its codes; the form "paper" takes none. The encoder also serves as aux. If aux is
+    None, there is no auxiliary model, and then images show, except with "hardened". All classifiers
+    get frozen, and the encoder.
 
     By default epochs, batch_size, w_aux and w_ssim are those of the form in FORMS, whose max_steps
     may cap an epoch; the other settings are those of Section 4.1.3. `flip` mirrors training images
@@ -346,10 +347,10 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
     other two.
 
     Returns the best epoch by validation loss (Figure 4), with kernels rounded to 16 bits. path.pt
-    holds the settings, the scores before rounding, the image size and `meta` too. path.jsonl is the
-    log, path.png shows eight validation images above what the best epoch makes of them. The printed
-    lines warn if validation images can be made out (see VISIBLE). After a stop, the same call goes
-    on from the last finished epoch; a finished path.pt is read.
+    holds the settings, the scores before rounding, the image size, `meta` and the log too. path.png
+    shows eight validation images above what the best epoch makes of them. The printed lines warn if
+    validation images can be made out (see VISIBLE). After a stop, the same call goes on from the
+    last finished epoch; a finished path.pt is read.
 
     Raises UserError if path.pt or its checkpoint has other settings, networks or images, if it
     cannot be written, or if the loss is not finite; ValueError if form, encoder and aux do not
@@ -361,12 +362,6 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
         raise ValueError(f"form {form} starts from a trained encoder: encoder is missing")
     if row["start"] == "random" and encoder is not None:
         raise ValueError(f"form {form} starts at random: it takes no encoder")
-    if aux is None and encoder is None:
-        raise ValueError(f"form {form} needs an auxiliary model: give one, or \"none\"")
-    if aux is None:
-        aux = encoder  # it recognises, so it can play the person who looks
-    elif aux == "none":
-        aux = None
     images, labels = data["train"]
     validation_images, validation_labels = data["validation"]
     if epochs is None:
@@ -403,23 +398,16 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
         return generator.to(device)
     checkpoint = load_checkpoint(path, settings)
     if checkpoint is not None:
-        precision = checkpoint["settings"]["precision"]
+        settings["precision"] = checkpoint["settings"]["precision"]
     elif precision is None:
-        precision = choose_precision(device, "fp16")
-    settings["precision"] = precision
+        settings["precision"] = choose_precision(device, "fp16")
 
     torch.manual_seed(seed)
-    codes = None
-    if row["painted_from"] == "class":
-        codes = class_codes(encoder, images, labels)
-    generator = Generator(codes)  # "Randomly initialize U"
+    generator = new_generator(form, encoder, images, labels)
     generator.to(device, memory_format=torch.channels_last)
-    if encoder is not None:
-        generator.unet.encoder.levels.load_state_dict(encoder.net.levels.state_dict())
-        generator.unet.encoder.requires_grad_(False)
     parameters = [p for p in generator.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=precision == "fp16")
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=settings["precision"] == "fp16")
     best = None  # what path.pt will hold
     log = []
     if checkpoint is not None:
@@ -429,12 +417,11 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
         best = checkpoint["best"]
         log = checkpoint["log"]
 
-    steps_per_epoch = len(images) // batch_size
+    steps = len(images) // batch_size  # of an epoch
     if row["max_steps"] is not None:
-        steps_per_epoch = min(steps_per_epoch, row["max_steps"])
-    steps = epochs * steps_per_epoch
+        steps = min(steps, row["max_steps"])
     clean_accuracy = accuracy(target, validation_images, validation_labels)
-    print(f"{path}: form {form}, {epochs} epochs of {steps_per_epoch} steps; the target recognises "
+    print(f"{path}: form {form}, {epochs} epochs of {steps} steps; the target recognises "
           f"{clean_accuracy:.2f}% of the original validation images", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
         torch.manual_seed(1000 * seed + epoch)  # so that a resumed run draws the same
@@ -442,33 +429,22 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
         if encoder is not None:
             generator.unet.encoder.eval()  # frozen: its batch norm statistics too
         start = time.monotonic()
-        first_step = (epoch - 1) * steps_per_epoch
-        rates = [learning_rate(first_step + i, steps, lr) for i in range(steps_per_epoch)]
-        losses = []
-        for loss in train_epoch(generator, target, aux, images, labels, optimizer, scaler, rates,
-                                batch_size, flip, row["lossy_channel"], loss_settings, precision):
-            losses.append(loss)
-            if len(losses) % 50 == 0:
-                print_progress(path, epoch, epochs, start, len(losses), steps_per_epoch, batch_size)
-        losses = torch.stack(losses)  # (steps, 4)
-        finite = losses.isfinite().all(1)  # waits for a GPU
+        rates = learning_rates(epoch, epochs, steps, lr)
+        losses = train_epoch(generator, target, aux, images, labels, loss_settings, optimizer,
+                             scaler, rates, settings)
+        if settings["precision"] == "fp16":
+            losses = losses[losses.isfinite().all(1)]  # the scaler has skipped the other steps
+        loss = by_term(losses.mean(0))  # waits for a GPU
+        check_finite(loss["total"], path)
         seconds = time.monotonic() - start
 
-        # In fp16 a step that overflows is skipped by the scaler; anything else does not heal.
-        diverged = (f"{path}: the loss is not finite in epoch {epoch}: try a lower --lr or "
-                    "--precision fp32, and delete its .checkpoint")
-        if not finite.any() or (precision != "fp16" and not finite.all()):
-            raise UserError(diverged)
-        train_loss = Loss(*losses[finite].mean(0).tolist())._asdict()
         generator.eval()
-        with autocast(device, precision):  # quicker; evaluate.py reports in float32
+        with autocast(device, settings["precision"]):  # quicker; evaluate.py reports in float32
             protected = protect(generator, validation_images)
             scores = score(validation_images, protected, target, aux, validation_labels,
-                           **loss_settings)
-        if not math.isfinite(scores["loss"]["total"]):
-            raise UserError(diverged)
-        log.append({"epoch": epoch, "train": train_loss, "validation": scores,
-                    "seconds": seconds})
+                           loss_settings)
+        check_finite(scores["loss"]["total"], path)
+        log.append({"epoch": epoch, "train": loss, "validation": scores, "seconds": seconds})
         # The loss chooses the epoch, as in the paper, which need not be the most accurate one.
         if best is None or scores["loss"]["total"] < best["meta"]["validation"]["loss"]["total"]:
             facts = settings | log[-1] | {"hardware": hardware(device),
@@ -476,22 +452,21 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
             best = {"generator": to_16_bits(generator.state_dict()),
                     "meta": facts | (meta or {})}
             draw_protected(f"{path}.png", validation_images[:8], protected[:8])
-        lines = [json.dumps(line) + "\n" for line in log]
-        save(f"{path}.jsonl", "".join(lines).encode())
-        checkpoint = {"generator": generator.state_dict(), "optimizer": optimizer.state_dict(),
-                      "scaler": scaler.state_dict(), "best": best, "log": log,
-                      "settings": settings}
-        save(f"{path}.checkpoint", checkpoint)
+        save(f"{path}.checkpoint", {"generator": generator.state_dict(),
+                                    "optimizer": optimizer.state_dict(),
+                                    "scaler": scaler.state_dict(), "best": best, "log": log,
+                                    "settings": settings})
         aux_words = ""
         if aux is not None:
             aux_words = f"auxiliary {scores['aux_accuracy']:.2f}%, "
-        print(f"{path}  epoch {epoch}/{epochs}  loss {describe(train_loss)}; validation "
-              f"{describe(scores['loss'])}: target {scores['target_accuracy']:.2f}%, {aux_words}"
+        print(f"{path}  epoch {epoch}/{epochs}, {(epochs - epoch) * seconds / 60:.0f} min left: "
+              f"loss {describe(loss)}; validation {describe(scores['loss'])}: "
+              f"target {scores['target_accuracy']:.2f}%, {aux_words}"
               f"|SSIM| {scores['ssim']:.4f}, {describe_visibility(scores['visibility'])}",
               flush=True)
 
     visible = describe_visibility(best["meta"]["validation"]["visibility"])
-    save(f"{path}.pt", best)
+    save(f"{path}.pt", best | {"log": log})
     os.remove(f"{path}.checkpoint")
     print(f"{path}.pt is epoch {best['meta']['epoch']}, the best: {visible}. "
           f"Look at {path}.png: if you can tell what is on it, the training has failed")
@@ -502,9 +477,9 @@ def train_generator(target: nn.Module, aux: nn.Module | str | None, data: dict, 
 def load_generator(path: str) -> tuple[Generator, dict]:
     """Load a file of train_generator: the generator, in eval mode on the CPU, and its meta.
 
-    meta holds the settings, the scores and "image_size", the (H, W) that it was trained for; older
-    files lack the last. The .checkpoint of a stopped training gives its best epoch so far, and meta
-    has "stopped_after", the last epoch. Raises UserError if the file is something else.
+    meta holds the settings, the scores and "image_size", the (H, W) that it was trained for. The
+    .checkpoint of a stopped training gives its best epoch so far, and meta has "stopped_after", the
+    last epoch. Raises UserError if the file is something else.
     """
     content = load(path)
     if "best" in content:
@@ -513,8 +488,9 @@ def load_generator(path: str) -> tuple[Generator, dict]:
     meta = content.get("meta", {})
     weights = content.get("generator", {})
     codes = weights.get("unet.codes")
-    if meta.get("form") not in FORMS or (meta["form"] == "hardened") != (codes is not None):
+    if meta.get("form") not in FORMS:
         raise UserError(f"{path} holds no generator of this version: train one with train.py")
+    meta.setdefault("image_size", [32, 32])  # the files that ship lack it
     generator = Generator(codes).float()  # the codes are stored in 16 bits
     load_weights(generator, weights, path)
     generator.to(memory_format=torch.channels_last)  # faster
@@ -524,11 +500,6 @@ def load_generator(path: str) -> tuple[Generator, dict]:
 # --- The command ----------------------------------------------------------------------------------
 AUXILIARY_MODELS = (*CLASSIFIERS, "encoder", "none")  # the names that --aux takes
 LEARNING_RATES = {("googlenet", "vgg13_bn"): 0.001}  # Section 4.1.3: 0.005 for all others
-FORM_WORDS = {
-    "paper": "the paper's own settings: U starts at random, no lossy channel",
-    "pretrained": "ours, to study the method: x + U(x), but U starts from a trained encoder",
-    "hardened": "ours, to use: U paints one picture for each class, nothing else leaves the phone",
-}
 
 
 def describe_default(name: str) -> str:
@@ -548,9 +519,9 @@ def parse_arguments() -> argparse.Namespace:
                         help="the auxiliary model: the same names; encoder, the one that U starts "
                              "from (default; with --form paper name another); none, then images "
                              "show, except with hardened; or all (the eight)")
-    forms = "; ".join(f"{form}, {words}" for form, words in FORM_WORDS.items())
     parser.add_argument("--form", choices=FORMS, default="pretrained",
-                        help=f"{forms} (default: %(default)s)")
+                        help="paper: the paper's own; pretrained: ours, to study the method; "
+                             "hardened: ours, to protect pictures (default: %(default)s)")
     parser.add_argument("--epochs", type=positive_int, help=describe_default("epochs"))
     parser.add_argument("--batch-size", type=positive_int, help=describe_default("batch_size"))
     parser.add_argument("--w-target", type=float, default=1.0, help="(default: %(default)s)")
@@ -561,10 +532,9 @@ def parse_arguments() -> argparse.Namespace:
                              "0.001)")
     parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"],
                         help="(default: fp16 on a GPU, on a CPU the faster of the others)")
-    parser.add_argument("--limit", type=positive_int,
-                        help="a quick look: use LIMIT images of each split, write quick-look-*.pt")
     parser.add_argument("--out", default="runs", metavar="FOLDER",
                         help="where generators go (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_common_arguments(parser)
     args = parser.parse_args()
     if args.aux is None:
@@ -593,30 +563,18 @@ def choose_pairs(targets: list[str], auxes: list[str]) -> list[tuple[str, str]]:
 
 def main() -> None:
     args = parse_arguments()
-    device = args.device
-    print(f"form {args.form}: {FORM_WORDS[args.form]}", flush=True)
     pairs = choose_pairs(args.target, args.aux)
-    if "RANK" in os.environ:  # under torchrun: every process has its share and its own GPU
-        pairs = pairs[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])]
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-    classifiers = {"none": "none"}  # what train_generator takes for no auxiliary model
+    classifiers = {"none": None}
     for name in (*CLASSIFIERS, "encoder"):
         if any(name in pair for pair in pairs):
-            classifiers[name] = load_classifier(name, device)
+            classifiers[name] = load_classifier(name, args.device)
     encoder = None
     if FORMS[args.form]["start"] == "encoder":
-        encoder = load_classifier("encoder", device)
-    data = load_cifar10(args.data, device)
-    for split, (images, labels) in data.items():
-        data[split] = images[:args.limit], labels[:args.limit]
-
+        encoder = load_classifier("encoder", args.device)
+    data = load_cifar10(args.data, args.device)
     failed = 0
     for target, aux in pairs:
-        kind = "generator"
-        if args.limit is not None:
-            kind = f"quick-look-{args.limit}"  # no command takes this for a generator
-        path = f"{args.out}/{kind}-{target}-{aux}"
+        path = f"{args.out}/generator-{target}-{aux}"
         if args.form != "pretrained":
             path += f"-{args.form}"
         lr = args.lr or LEARNING_RATES.get((target, aux), 0.005)
@@ -625,13 +583,12 @@ def main() -> None:
                 classifiers[target], classifiers[aux], data, path, form=args.form,
                 encoder=encoder, epochs=args.epochs, batch_size=args.batch_size, lr=lr,
                 w_target=args.w_target, w_aux=args.w_aux, w_ssim=args.w_ssim,
-                precision=args.precision, device=device, seed=args.seed,
-                meta={"target": target, "aux": aux, "limit": args.limit})
+                precision=args.precision, device=args.device, seed=args.seed,
+                meta={"target": target, "aux": aux})
         except UserError as error:  # the other pairs go on
             print(f"error: {error}", flush=True)
             failed += 1
-    # Under torchrun an error here stops all processes: raise it only if nothing worked.
-    if failed and (failed == len(pairs) or "RANK" not in os.environ):
+    if failed:
         raise UserError(f"{failed} of {len(pairs)} generators failed, see above")
 
 

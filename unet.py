@@ -7,6 +7,8 @@ size from 16 x 16 up (Section 4.3.1), and the cost does not depend on the target
 (Section 4.3.2). The image is hidden only at the size that the weights were trained for.
 """
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,18 @@ from torch.nn import functional as F
 MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training images, RGB in [0, 1]
 STD = (0.2471, 0.2435, 0.2616)
 BOTTLENECK = 512  # channels of the encoder's last feature map
+
+
+class Normalize(nn.Module):
+    """Images (N, 3, H, W) in [0, 1] to the normalised ones that all our networks work on."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
 
 
 def double_conv(c_in: int, c_out: int) -> nn.Sequential:
@@ -29,7 +43,7 @@ def double_conv(c_in: int, c_out: int) -> nn.Sequential:
 
 
 def pad_to_16(x: Tensor) -> Tensor:
-    """Images (N, C, H, W), mirrored at two borders so that H and W become multiples of 16."""
+    """Mirror images (N, C, H, W) at the lower and right border: H and W become multiples of 16."""
     h, w = x.shape[2], x.shape[3]
     if h % 16 != 0 or w % 16 != 0:
         x = F.pad(x, [0, -w % 16, 0, -h % 16], mode="reflect")
@@ -39,8 +53,8 @@ def pad_to_16(x: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """The contracting path: normalised images (N, 3, H, W) to five feature maps.
 
-    H and W are multiples of 16. The maps go from (N, 32, H, W) down to (N, 512, H / 16, W / 16),
-    the bottleneck.
+    H and W are 16 or more, and are padded to multiples of 16. The maps go from (N, 32, H, W) down
+    to (N, 512, H / 16, W / 16), the bottleneck.
     """
 
     def __init__(self):
@@ -54,26 +68,30 @@ class Encoder(nn.Module):
         ])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.levels[0](x)
-        maps = [x]
-        for level in self.levels[1:]:
-            x = F.max_pool2d(x, 2)
+        x = pad_to_16(x)
+        maps = []
+        for i, level in enumerate(self.levels):
+            if i > 0:
+                x = F.max_pool2d(x, 2)
             x = level(x)
             maps.append(x)
         return maps
 
 
 class UNet(nn.Module):
-    """U(.) of Figure 3: normalised images (N, 3, H, W) to delta, of the same shape, unbounded.
+    """U(.) of Figure 3: normalised images (N, 3, H, W) to a normalised delta of the same shape.
 
-    H and W are multiples of 16; delta is in the units of the normalised image. With `codes`
-    (K, 512), one for each class, delta is painted from one of them alone: the nearest to the
-    bottleneck's mean.
+    H and W are 16 or more; delta is unbounded. With `codes` (K, 512), for each of K classes the
+    mean bottleneck of its training images, U has the hardened form, which goes beyond the paper: it
+    paints delta from one of the codes alone.
     Source: Ronneberger et al. 2015, the paper's [39].
     """
 
+    hardened: Final[bool]  # TorchScript then compiles only the form that this network has
+
     def __init__(self, codes: Tensor | None = None):
         super().__init__()
+        self.hardened = codes is not None
         self.register_buffer("codes", codes)
         self.encoder = Encoder()
         self.up = nn.ModuleList([
@@ -90,58 +108,57 @@ class UNet(nn.Module):
         ])
         self.exit = nn.Conv2d(32, 3, 1)
 
+    def keep_class_alone(self, maps: list[Tensor]) -> list[Tensor]:
+        """Put zeros in place of all maps of the encoder but the last: that becomes a code.
+
+        It is the code nearest to the mean of the last map. So nothing of an image goes on but its
+        class, as far as the encoder can tell.
+        """
+        features = maps[-1].float().mean(dim=(2, 3))
+        # Without matrix products an image has the same distances alone and in a batch.
+        distances = torch.cdist(features, self.codes, compute_mode="donot_use_mm_for_euclid_dist")
+        code = self.codes[distances.argmin(1)]
+        kept = [torch.zeros_like(skip) for skip in maps[:-1]]
+        kept.append(code[:, :, None, None].expand_as(maps[-1]))
+        return kept
+
     def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[2], x.shape[3]
         maps = self.encoder(x)
+        if self.hardened:
+            maps = self.keep_class_alone(maps)
         x = maps.pop()
-        if self.codes is not None:
-            features = x.float().mean(dim=(2, 3))
-            # Without matrix products an image has the same distances alone and in a batch.
-            distances = torch.cdist(features, self.codes,
-                                    compute_mode="donot_use_mm_for_euclid_dist")
-            nearest = distances.argmin(1)  # the class, as far as the encoder can tell
-            code = self.codes[nearest]  # nothing else of the image goes on from here
-            x = code[:, :, None, None].expand_as(x)
         for up, merge in zip(self.up, self.merge):
             skip = maps.pop()
-            if self.codes is not None:
-                skip = torch.zeros_like(skip)
             x = up(x)
             x = torch.cat([skip, x], dim=1)
             x = merge(x)
-        return self.exit(x)
+        delta = self.exit(x)
+        return delta[:, :, :h, :w]  # without what the encoder has padded
 
 
 class Generator(nn.Module):
     """The protective perturbation generator: what the phone computes before anything leaves it.
 
     Images to protected images, both (N, 3, H, W) float32 RGB in [0, 1], H and W >= 16. The U-Net
-    works on the normalised image, so its delta is scaled back by the standard deviation. Where H or
-    W is not a multiple of 16, the image is padded by mirroring and delta is cropped.
-    Raises ValueError on any other shape.
-
-    With `codes` (K, 512) it has the hardened form, which goes beyond the paper. U recognises the
-    image, to the nearest of K codes, and paints a new one from that code: the skip connections give
-    zeros, x is not added. What leaves the phone is one of K pictures (for each image size).
+    works on the normalised image, so its delta is scaled back by the standard deviation. In the
+    hardened form, with the `codes` of UNet, x is not added: what leaves the phone is one of K
+    pictures (for each image size). Raises ValueError on any other shape.
     """
 
     def __init__(self, codes: Tensor | None = None):
         super().__init__()
-        self.hardened = codes is not None  # torch.fx loses the buffer where it is None
+        self.normalize = Normalize()
         self.unet = UNet(codes)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] < 16 or x.shape[3] < 16:
             raise ValueError(f"images must be (N, 3, H, W) with H and W >= 16, got {x.shape}")
-        h, w = x.shape[2], x.shape[3]
-        z = (x - self.mean) / self.std
-        z = pad_to_16(z)
-        delta = self.unet(z)
-        delta = delta[:, :, :h, :w]
-        delta = self.std * delta.float()  # float32 again if the U-Net ran under autocast
-        if self.hardened:
-            protected = self.mean + delta
+        z = self.normalize(x)
+        normalized_delta = self.unet(z).float()  # float32 again if U ran under autocast
+        delta = self.normalize.std * normalized_delta
+        if self.unet.hardened:
+            protected = self.normalize.mean + delta
         else:
             protected = x + delta
         return protected.clamp(0.0, 1.0)
