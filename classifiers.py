@@ -90,8 +90,8 @@ def build_classifier(name: str, classes: int = 10) -> Classifier:
     """Build one of CLASSIFIERS, or "encoder", untrained.
 
     The networks are torchvision's, edited for images of 32 x 32 as in the paper's [35]. They keep
-    torchvision's state_dict names, so the weight files of [35] load too. The networks take images
-    from 32 x 32 up, the encoder takes 16 x 16 too. Raises UserError if the name is unknown.
+    torchvision's state_dict names, so the weight files of [35] load too. The VGGs take images
+    from 32 x 32 up, the others from 16 x 16 up. Raises UserError if the name is unknown.
     """
     if name == "encoder":
         net = EncoderClassifier(classes)

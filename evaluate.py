@@ -239,9 +239,9 @@ def linked(generator: nn.Module, images: Tensor, labels: Tensor, flip: bool = Tr
     the generator and that view of each, and tries 36 views of it, of which one undoes the changes
     but for border and clipping: mirrored or not, shifted by -2, 0 or 2 pixels in each direction, as
     bright or darker. He protects them all, and takes the protected image that correlates most with
-    any of them. `flip` says whether views are mirrored at all: set it as in the training.
-    "class_alone" is what he finds if he knows only the class, "different_pictures" how many of the
-    N protected images differ. Larger images are compared at 32 x 32.
+    any of them. `flip` says whether views are mirrored at all (18 views, if not): set it as in the
+    training. "class_alone" is what he finds if he knows only the class, "different_pictures" how
+    many of the N protected images differ. Larger images are compared at 32 x 32.
     """
     protected = protect(generator, images)
     candidates = shrink(protected)
@@ -473,8 +473,9 @@ def draw_examples(out: str, name: str, result: dict, images: Tensor, protected: 
         networks["auxiliary"] = classifiers[result["aux"]]
     for kind, chosen in (("generator", first_of_class(labels)), ("worst", result["worst"])):
         batches = {"original": images[chosen], "protected": protected[chosen]}
-        rows = image_rows(batches, labels[chosen], networks)
-        draw_sheet(f"{out}/{kind}-{name}.png", [(shown, []), (describe_accuracies(result), []), *rows])
+        rows = [(shown, []), (describe_accuracies(result), [])]
+        rows += image_rows(batches, labels[chosen], networks)
+        draw_sheet(f"{out}/{kind}-{name}.png", rows)
 
 
 def draw_figure_9(path: str, entries: list[dict], originals: Tensor) -> None:
