@@ -131,8 +131,8 @@ def share_found(similarity: Tensor) -> float:
     advantage = similarity - similarity.diagonal()[:, None]  # of each candidate over the own one
     beaten = (advantage > 1e-10).any(1)  # smaller differences are rounding errors
     equal = (advantage.abs() <= 1e-10).sum(1)
-    shares = torch.where(beaten, 0.0, 1 / equal)
-    return 100 * shares.double().mean().item()
+    shares = torch.where(beaten, 0.0, 1 / equal.double())
+    return 100 * shares.mean().item()
 
 
 def shrink(images: Tensor) -> Tensor:
@@ -661,11 +661,11 @@ def protect_image(path: str, out: str, generator: Generator, size: Sequence[int]
     """
     original = open_image(path, size)[None]
     protected = protect(generator, original)
-    title = "look: if you can tell what is on the protected one, it is not hidden"
+    title = "look: if you can tell what is on it, it is not hidden"
     if target is not None:
         before = CLASSES[answers(target, original)]
         after = CLASSES[answers(target, protected)]
-        title = f"the target sees {before}, protected {after}; {title}"
+        title = f"the target sees {before} in the original, {after} in the protected one; {title}"
     save(f"{out}-protected.png", encode_png(to_pillow(protected[0])))
     rows = [(title, []), ("original", list(original)), ("protected", list(protected))]
     draw_sheet(f"{out}-sheet.png", rows)
@@ -851,18 +851,23 @@ def main() -> None:
             result["networks_sha256"][network] = file_sha256(find_classifier(network))
         draw_examples(out, name, result, images, protected, labels, classifiers)
         print(f"  {describe_accuracies(result)}; |SSIM| {result['ssim']:.4f}, "
-              f"at most {result['ssim_largest']:.3f}; {describe_visibility(result['visibility'])}")
+              f"at most {result['ssim_largest']:.3f}; {describe_visibility(result['visibility'])}",
+              flush=True)
         if result["repeats"] is not None:
             print(f"  the target repeats the encoder in {result['repeats']:.1f}% of its answers")
         for role, network in networks.items():
             if network_fingerprint(classifiers[network]) != meta[f"{role}_sha256"]:
                 print(f"  note: it was trained with another {network}")
         if args.attack:
+            print("  reading back and linking, one to two minutes", flush=True)
             result["read_back"] = read_back(generator, data, f"{out}/read-back-{name}.png")
             result["linked"] = linked(generator, data["test"][0][:1000], data["test"][1][:1000],
                                       meta.get("flip", True))
-            print(f"  read back: {result['read_back']['found']:.1f}% of the images found; "
-                  f"linked {result['linked']['another_view']:.1f}%")
+            read = result["read_back"]
+            links = result["linked"]
+            print(f"  read back: {read['found']:.1f}% of the images found, by the class alone "
+                  f"{read['class_alone']:.1f}%; linked {links['another_view']:.1f}%, by the class "
+                  f"alone {links['class_alone']:.1f}%")
         elif name in scored and scored[name]["file_sha256"] == sha256:  # an earlier run's
             result["read_back"] = scored[name]["read_back"]
             result["linked"] = scored[name]["linked"]

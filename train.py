@@ -468,10 +468,12 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
               f"|SSIM| {scores['ssim']:.4f}, {describe_visibility(scores['visibility'])}",
               flush=True)
 
-    visible = describe_visibility(best["meta"]["validation"]["visibility"])
+    scores = best["meta"]["validation"]
     save(f"{path}.pt", best | {"log": log})
     os.remove(f"{path}.checkpoint")
-    print(f"{path}.pt is epoch {best['meta']['epoch']}, the best: {visible}. "
+    print(f"{path}.pt is epoch {best['meta']['epoch']}, the best: the target recognises "
+          f"{scores['target_accuracy']:.2f}%, of the originals {clean_accuracy:.2f}%; "
+          f"{describe_visibility(scores['visibility'])}. "
           f"Look at {path}.png: if you can tell what is on it, the training has failed")
     generator, _ = load_generator(f"{path}.pt")
     return generator.to(device)
