@@ -18,12 +18,12 @@ import time
 from collections.abc import Sequence
 from operator import itemgetter
 
-import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from classifiers import (CLASSIFIERS, FOLDERS, UserError, accuracy, add_common_arguments, answers,
                          build_classifier, check_data, check_writable, find_classifier,
@@ -61,23 +61,13 @@ TABLE_3 = {
 
 
 # --- The scores of one generator ------------------------------------------------------------------
-def to_pillow(image: Tensor) -> Image.Image:
-    """Turn a uint8 image (3, H, W) into one of Pillow's."""
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-
-
-def from_pillow(image: Image.Image) -> Tensor:
-    """Turn an RGB image of Pillow's into uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def jpeg(images: Tensor) -> Tensor:
     """Return uint8 images (N, 3, H, W) as a JPEG file gives them back, which halves the colour."""
     received = []
-    for image in images:
+    for image in images.cpu():
         file = io.BytesIO()
-        to_pillow(image).save(file, "JPEG", quality=75, subsampling="4:2:0")
-        received.append(from_pillow(Image.open(file)))
+        to_pil_image(image).save(file, "JPEG", quality=75, subsampling="4:2:0")
+        received.append(pil_to_tensor(Image.open(file)))
     return torch.stack(received).to(images.device)
 
 
@@ -423,7 +413,7 @@ def draw_sheet(path: str, rows: list[tuple[str, list]]) -> None:
         x = LABEL
         for cell in cells:
             if isinstance(cell, Tensor):
-                image = to_pillow(cell).resize((96, 96), Image.Resampling.NEAREST)
+                image = to_pil_image(cell).resize((96, 96), Image.Resampling.NEAREST)
                 sheet.paste(image, (x, y))
             else:
                 text, colour, background = cell
@@ -615,7 +605,7 @@ def open_image(path: str, size: Sequence[int]) -> Tensor:
     image = image.convert("RGBA").resize((w, h))
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
-    return from_pillow(image)
+    return pil_to_tensor(image)
 
 
 def load_folder(folder: str, size: Sequence[int]) -> tuple[dict, list[str]]:
@@ -666,7 +656,7 @@ def protect_image(path: str, out: str, generator: Generator, size: Sequence[int]
         before = CLASSES[answers(target, original)]
         after = CLASSES[answers(target, protected)]
         title = f"the target sees {before} in the original, {after} in the protected one; {title}"
-    save(f"{out}-protected.png", encode_png(to_pillow(protected[0])))
+    save(f"{out}-protected.png", encode_png(to_pil_image(protected[0])))
     rows = [(title, []), ("original", list(original)), ("protected", list(protected))]
     draw_sheet(f"{out}-sheet.png", rows)
     print(f"{path}: {title}  -> {out}-protected.png, {out}-sheet.png")

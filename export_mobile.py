@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from torch.jit.mobile import _get_model_bytecode_version, _load_for_lite_interpreter
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from classifiers import (CLASSIFIERS, UserError, accuracy, check_writable, hardware, load_cifar10,
                          load_classifier, percent, positive_int, run, save, scoring_batches,
                          to_float)
 from evaluate import (draw_sheet, encode_png, find_generators, heading, image_rows, milliseconds,
-                      number, to_pillow)
+                      number)
 from train import describe_visibility, load_generator, protect, score
 from unet import Generator
 
@@ -233,8 +234,8 @@ def decode(png: bytes) -> Tensor:
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:  # reads the header, no pixels yet
         if image.size != (32, 32) or image.mode not in ("RGB", "RGBA"):
             raise ValueError(f"{image.size[0]} x {image.size[1]} {image.mode}, not 32 x 32 RGB")
-        pixels = np.array(image.convert("RGB"))
-    return to_float(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+        pixels = pil_to_tensor(image.convert("RGB"))
+    return to_float(pixels[None])
 
 
 class RecognitionHandler(socketserver.StreamRequestHandler):
@@ -293,7 +294,7 @@ def play_phone(phone: nn.Module, images: Tensor,
         start = time.perf_counter()
         protected = protect(phone, image[None])[0]
         after_protect = time.perf_counter()
-        png = encode_png(to_pillow(protected))
+        png = encode_png(to_pil_image(protected))
         after_encode = time.perf_counter()
         answers.append(ask(png, address))
         end = time.perf_counter()
