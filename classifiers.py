@@ -3,10 +3,11 @@
     python classifiers.py --arch vgg13_bn resnet18
 
 Each can be the target (the recognition service) or the auxiliary model (it plays the person who
-looks). "encoder", the U-Net's contracting path, is trained in the same way. In this file, in order:
+looks). "encoder", the U-Net's contracting path, is trained likewise, but longer and with cutout. In
+this file, in order:
 
     the networks      Classifier, build_classifier, load_classifier
-    CIFAR-10          load_cifar10, to_float, random_crop_flip, scoring_batches
+    CIFAR-10          load_cifar10, to_float, random_crop_flip, cut_out, scoring_batches
     a training        learning_rate, answers, accuracy (Eq. 5), Muon, train_classifier
     its checks        check_data, check_classifier
     for every script  files, settings that must agree, precision, progress
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.inception import BasicConv2d
 
-from unet import BOTTLENECK, Encoder, Normalize
+from unet import BOTTLENECK, MEAN, Encoder, Normalize, pad_to_16
 
 CLASSIFIERS = ("vgg13_bn", "vgg16_bn", "resnet18", "resnet34", "densenet121", "mobilenet_v2",
                "googlenet", "inception_v3")  # Table 1, in its order
@@ -70,8 +71,8 @@ class Classifier(nn.Module):
 class EncoderClassifier(Encoder):
     """The U-Net's encoder with a linear layer on top, so that it can learn to recognise.
 
-    It takes normalised images (N, 3, H, W). The features (N, 512) are the mean of the last feature
-    map over its places; the linear layer makes logits (N, classes) of them.
+    It takes normalised images (N, 3, H, W), H and W >= 16. The features (N, 512) are the mean of
+    the last feature map over its places; the linear layer makes logits (N, classes) of them.
     """
 
     def __init__(self, classes: int):
@@ -79,7 +80,7 @@ class EncoderClassifier(Encoder):
         self.linear = nn.Linear(BOTTLENECK, classes)
 
     def features(self, x: Tensor) -> Tensor:
-        maps = super().forward(x)
+        maps = super().forward(pad_to_16(x))
         return maps[-1].mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -273,6 +274,23 @@ def random_crop_flip(images: Tensor, flip: bool = True) -> Tensor:
     return torch.where(mirrored, cropped.flip(3), cropped)
 
 
+def cut_out(x: Tensor, size: int) -> Tensor:
+    """Hide a square under the mean colour, in each of images (N, 3, H, W) in [0, 1].
+
+    It has size x size pixels, or fewer where the border cuts it, because its centre is anywhere in
+    the image (cutout: DeVries and Taylor 2017).
+    """
+    n, _, h, w = x.shape
+    top = torch.randint(0, h, (n, 1, 1, 1), device=x.device) - size // 2
+    left = torch.randint(0, w, (n, 1, 1, 1), device=x.device) - size // 2
+    rows = torch.arange(h, device=x.device)[:, None]
+    columns = torch.arange(w, device=x.device)
+    in_rows = (rows >= top) & (rows < top + size)
+    in_columns = (columns >= left) & (columns < left + size)
+    mean = torch.tensor(MEAN, device=x.device).view(1, 3, 1, 1)
+    return torch.where(in_rows & in_columns, mean, x)
+
+
 def scoring_batches(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield small batches of tensors of the same N images; the first tensor is (N, 3, H, W)."""
     _, _, h, w = tensors[0].shape
@@ -382,6 +400,8 @@ def train_classifier_epoch(model: Classifier, images: Tensor, labels: Tensor, mu
     order = torch.randperm(len(images), device=images.device)
     for batch, rate in zip(order.split(settings["batch_size"]), rates):
         x = to_float(random_crop_flip(images[batch], settings["flip"]))
+        if settings["cutout"] > 0:
+            x = cut_out(x, settings["cutout"])
         y = labels[batch]
         with autocast(images.device.type, settings["precision"]):
             logits = model(x)
@@ -399,17 +419,18 @@ def train_classifier_epoch(model: Classifier, images: Tensor, labels: Tensor, mu
 
 def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 20,
                      batch_size: int = 256, lr: float = 0.03, flip: bool = True,
-                     precision: str | None = None, device: str | torch.device = "cpu",
-                     seed: int = 0) -> Classifier:
+                     cutout: int = 0, precision: str | None = None,
+                     device: str | torch.device = "cpu", seed: int = 0) -> Classifier:
     """Train a classifier with plain cross-entropy, write it to path.pt, and return it in eval mode.
 
     The model is one that build_classifier makes. `data` is like load_cifar10's, on `device`, with
     any number of classes and images of any size from 16 x 16 up; "test" may be missing. `flip`
-    mirrors training images at random. The last weights are kept, so only "train" decides anything.
-    Precision is "bf16" or "fp32", by default the faster one. After a stop, the same call goes on
-    from the last finished epoch; if path.pt is finished, it is read. Raises UserError if path.pt or
-    its checkpoint has other settings or data, if it cannot be written, or if the loss is not
-    finite; and what check_data and check_classifier raise.
+    mirrors training images at random. `cutout` is the side in pixels of the square that cut_out
+    hides in each of them; 0 hides none. The last weights are kept, so only "train" decides
+    anything. Precision is "bf16" or "fp32", by default the faster one. After a stop, the same call
+    goes on from the last finished epoch; if path.pt is finished, it is read. Raises UserError if
+    path.pt or its checkpoint has other settings or data, if it cannot be written, or if the loss is
+    not finite; and what check_data and check_classifier raise.
     """
     device = str(device)
     model.to(device)
@@ -419,8 +440,8 @@ def train_classifier(model: Classifier, data: dict, path: str, *, epochs: int = 
     validation_images, validation_labels = data["validation"]
     batch_size = min(batch_size, len(images))
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "flip": flip,
-                "precision": precision, "seed": seed, "images_sha256": fingerprint(images),
-                "labels_sha256": fingerprint(labels)}
+                "cutout": cutout, "precision": precision, "seed": seed,
+                "images_sha256": fingerprint(images), "labels_sha256": fingerprint(labels)}
     content = load_finished(path, settings)
     if content is not None:
         load_weights(model.net, content.get("classifier", content), f"{path}.pt")
@@ -649,7 +670,6 @@ def network_fingerprint(network: nn.Module) -> str:
 
 def check_settings(file: str, before: dict, settings: dict) -> None:
     """Raise UserError if a file was made with other settings, `before`; None stands for any."""
-    before = {"flip": True} | before  # older files do not say it
     for key, value in settings.items():
         if value is None or before.get(key) == value:
             continue
@@ -801,7 +821,7 @@ def main() -> None:
                         choices=[*CLASSIFIERS, "encoder", "all"],
                         help=f"{', '.join(CLASSIFIERS)}, encoder (the U-Net's); all: every one "
                              "that is not there yet")
-    parser.add_argument("--epochs", type=positive_int, help="(default: 20; encoder: 40)")
+    parser.add_argument("--epochs", type=positive_int, help="(default: 20; encoder: 100)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     add_common_arguments(parser)
     args = parser.parse_args()
@@ -818,12 +838,14 @@ def main() -> None:
     data = load_cifar10(args.data, args.device)
     for name in names:
         epochs = args.epochs or 20
-        if name == "encoder":
-            epochs = args.epochs or 40  # no generator recognises more than it does
+        cutout = 0
+        if name == "encoder":  # no generator that hides recognises more than its two looks do
+            epochs = args.epochs or 100
+            cutout = 8
         torch.manual_seed(args.seed)
         model = build_classifier(name)
-        train_classifier(model, data, f"runs/{name}", epochs=epochs, device=args.device,
-                         seed=args.seed)
+        train_classifier(model, data, f"runs/{name}", epochs=epochs, cutout=cutout,
+                         device=args.device, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,9 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
 # - "paper" has the settings of Section 4.1.3. U starts at random and adds delta to the image.
 # - "pretrained" is ours. U adds delta too, but starts from a trained encoder, which stays frozen.
 # - "hardened" is ours. U starts likewise, and paints a new image from the code of a class alone.
+# Our two look twice (see UNet): no generator that hides recognises more than its encoder, and that
+# recognises more from an image and its mirror image than from the image alone. A training without
+# mirroring (flip=False) switches this off.
 # An epoch is a pass over all images, or max_steps steps if these are fewer; "hardened" needs few,
 # because it has only as many pictures to paint as there are classes.
 #
@@ -68,14 +71,17 @@ def protective_loss(x: Tensor, protected: Tensor, target_logits: Tensor, aux_log
 # class, so it has ten times the paper's weight.
 FORMS = {
     "paper": {
-        "start": "random", "painted_from": "image", "lossy_channel": False, "balanced": False,
+        "start": "random", "look_twice": False, "painted_from": "image",
+        "lossy_channel": False, "balanced": False,
         "epochs": 100, "max_steps": None, "batch_size": 256, "w_aux": 1.0, "w_ssim": 0.5},
     "pretrained": {
-        "start": "encoder", "painted_from": "image", "lossy_channel": True, "balanced": True,
+        "start": "encoder", "look_twice": True, "painted_from": "image",
+        "lossy_channel": True, "balanced": True,
         "epochs": 1, "max_steps": 600, "batch_size": 32, "w_aux": 3.0, "w_ssim": 5.0},
     "hardened": {
-        "start": "encoder", "painted_from": "class", "lossy_channel": True, "balanced": True,
-        "epochs": 1, "max_steps": 200, "batch_size": 32, "w_aux": 3.0, "w_ssim": 5.0},
+        "start": "encoder", "look_twice": True, "painted_from": "class",
+        "lossy_channel": True, "balanced": True,
+        "epochs": 1, "max_steps": 400, "batch_size": 32, "w_aux": 3.0, "w_ssim": 5.0},
 }
 
 
@@ -105,7 +111,8 @@ def class_codes(encoder: Classifier, images: Tensor, labels: Tensor) -> Tensor:
 
     Features are the encoder's bottleneck, averaged over its places, as in UNet.keep_class_alone.
     encoder is a trained build_classifier("encoder") in eval mode, images are uint8 (N, 3, H, W),
-    labels (N,). The first 500 images of a class are used, since more hardly move the mean.
+    labels (N,). The first 500 images of a class are used, by one look: neither more images nor the
+    mirror images move the mean much.
     """
     codes = []
     for label in labels.unique():
@@ -299,14 +306,17 @@ def draw_protected(path: str, images: Tensor, protected: Tensor) -> None:
     save_image(shown / 255, path, nrow=len(images))
 
 
-def new_generator(form: str, encoder: Classifier | None, images: Tensor,
+def new_generator(settings: dict, encoder: Classifier | None, images: Tensor,
                   labels: Tensor) -> Generator:
-    """Return the generator that a training starts with: see FORMS, and class_codes for the rest."""
+    """Return the generator that a training starts with: see FORMS, and class_codes for the rest.
+
+    `settings` are those of train_generator.
+    """
     codes = None
-    if FORMS[form]["painted_from"] == "class":
+    if settings["painted_from"] == "class":
         codes = class_codes(encoder, images, labels)
-    generator = Generator(codes)  # "Randomly initialize U"
-    if FORMS[form]["start"] == "encoder":
+    generator = Generator(settings["look_twice"], codes)  # "Randomly initialize U"
+    if settings["start"] == "encoder":
         generator.unet.encoder.levels.load_state_dict(encoder.net.levels.state_dict())
         generator.unet.encoder.requires_grad_(False)
     return generator
@@ -345,7 +355,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
 
     By default epochs, batch_size, w_aux and w_ssim are those of the form in FORMS, whose max_steps
     may cap an epoch; the other settings are those of Section 4.1.3. `flip` mirrors training images
-    at random, as the paper does: set it to False if a class is the mirror image of another.
+    at random, as the paper does, and lets our forms look twice: set it to False, here and for the
+    encoder, if a class is the mirror image of another.
     Precision is "fp16", "bf16" or "fp32": by default fp16 on a GPU, and on a CPU the faster of the
     other two.
 
@@ -385,9 +396,12 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
             check_classifier(classifier, data)
     if encoder is not None:
         freeze(encoder)
-    settings = {"form": form} | row | loss_settings  # the file names all that a training depends on
+    # The file names all that a training depends on. flip comes before look_twice, so that
+    # check_settings names what the user has changed.
+    settings = {"form": form, "flip": flip} | row | loss_settings
+    settings["look_twice"] = row["look_twice"] and flip
     settings |= {"epochs": epochs, "batch_size": batch_size, "lr": lr,
-                 "weight_decay": weight_decay, "flip": flip, "precision": precision, "seed": seed,
+                 "weight_decay": weight_decay, "precision": precision, "seed": seed,
                  "target_sha256": network_fingerprint(target),
                  "aux_sha256": "none", "encoder_sha256": "none",
                  "images_sha256": fingerprint(images), "labels_sha256": fingerprint(labels),
@@ -406,7 +420,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
         settings["precision"] = choose_precision(device, "fp16")
 
     torch.manual_seed(seed)
-    generator = new_generator(form, encoder, images, labels)
+    generator = new_generator(settings, encoder, images, labels)
     generator.to(device, memory_format=torch.channels_last)
     parameters = [p for p in generator.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
@@ -423,7 +437,8 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
     steps = len(images) // batch_size  # of an epoch
     if row["max_steps"] is not None:
         steps = min(steps, row["max_steps"])
-    clean_accuracy = accuracy(target, validation_images, validation_labels)
+    with autocast(device, settings["precision"]):  # as the protected images are scored below
+        clean_accuracy = accuracy(target, validation_images, validation_labels)
     print(f"{path}: form {form}, {epochs} epochs of {steps} steps; the target recognises "
           f"{clean_accuracy:.2f}% of the original validation images", flush=True)
     for epoch in range(len(log) + 1, epochs + 1):
@@ -446,6 +461,7 @@ def train_generator(target: nn.Module, aux: nn.Module | None, data: dict, path: 
             protected = protect(generator, validation_images)
             scores = score(validation_images, protected, target, aux, validation_labels,
                            loss_settings)
+        scores["clean_target_accuracy"] = clean_accuracy
         check_finite(scores["loss"]["total"], path)
         log.append({"epoch": epoch, "train": loss, "validation": scores, "seconds": seconds})
         # The loss chooses the epoch, as in the paper, which need not be the most accurate one.
@@ -493,10 +509,9 @@ def load_generator(path: str) -> tuple[Generator, dict]:
     meta = content.get("meta", {})
     weights = content.get("generator", {})
     codes = weights.get("unet.codes")
-    if meta.get("form") not in FORMS:
+    if meta.get("form") not in FORMS or "look_twice" not in meta:
         raise UserError(f"{path} holds no generator of this version: train one with train.py")
-    meta.setdefault("image_size", [32, 32])  # the files that ship lack it
-    generator = Generator(codes).float()  # the codes are stored in 16 bits
+    generator = Generator(meta["look_twice"], codes).float()  # the codes are stored in 16 bits
     load_weights(generator, weights, path)
     generator.to(memory_format=torch.channels_last)  # faster
     return generator.eval(), meta

@@ -2,9 +2,9 @@
 
     protected = clamp(x + delta),  delta = U(x)
 
-One forward pass of a fully convolutional network: the same 7,766,051 weights take an image of any
-size from 16 x 16 up (Section 4.3.1), and the cost does not depend on the target classifier
-(Section 4.3.2). The image is hidden only at the size that the weights were trained for.
+A fully convolutional network: the same 7,766,051 weights take an image of any size from 16 x 16 up
+(Section 4.3.1), and the cost does not depend on the target classifier (Section 4.3.2). The image is
+hidden only at the size that the weights were trained for.
 """
 
 from typing import Final
@@ -43,7 +43,7 @@ def double_conv(c_in: int, c_out: int) -> nn.Sequential:
 
 
 def pad_to_16(x: Tensor) -> Tensor:
-    """Mirror images (N, C, H, W) at the lower and right border: H and W become multiples of 16."""
+    """Make H and W of images (N, C, H, W) multiples of 16, by reflection at the border."""
     h, w = x.shape[2], x.shape[3]
     if h % 16 != 0 or w % 16 != 0:
         x = F.pad(x, [0, -w % 16, 0, -h % 16], mode="reflect")
@@ -53,8 +53,8 @@ def pad_to_16(x: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """The contracting path: normalised images (N, 3, H, W) to five feature maps.
 
-    H and W are 16 or more, and are padded to multiples of 16. The maps go from (N, 32, H, W) down
-    to (N, 512, H / 16, W / 16), the bottleneck.
+    H and W are multiples of 16. The maps go from (N, 32, H, W) down to (N, 512, H / 16, W / 16),
+    the bottleneck.
     """
 
     def __init__(self):
@@ -68,7 +68,6 @@ class Encoder(nn.Module):
         ])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = pad_to_16(x)
         maps = []
         for i, level in enumerate(self.levels):
             if i > 0:
@@ -81,16 +80,21 @@ class Encoder(nn.Module):
 class UNet(nn.Module):
     """U(.) of Figure 3: normalised images (N, 3, H, W) to a normalised delta of the same shape.
 
-    H and W are 16 or more; delta is unbounded. With `codes` (K, 512), for each of K classes the
-    mean bottleneck of its training images, U has the hardened form, which goes beyond the paper: it
-    paints delta from one of the codes alone.
+    H and W are 16 or more; delta is unbounded. Two things go beyond the paper. With `look_twice`,
+    the bottleneck is the mean of two: the image's, and its mirror image's, which is mirrored back.
+    A trained encoder recognises more by both. The other maps are those of the image alone. With
+    `codes` (K, 512), for each of K classes the mean bottleneck of its training images, U has the
+    hardened form: it paints delta from one of the codes alone.
     Source: Ronneberger et al. 2015, the paper's [39].
     """
 
-    hardened: Final[bool]  # TorchScript then compiles only the form that this network has
+    # Final: TorchScript then compiles only the form that this network has.
+    look_twice: Final[bool]
+    hardened: Final[bool]
 
-    def __init__(self, codes: Tensor | None = None):
+    def __init__(self, look_twice: bool = False, codes: Tensor | None = None):
         super().__init__()
+        self.look_twice = look_twice
         self.hardened = codes is not None
         self.register_buffer("codes", codes)
         self.encoder = Encoder()
@@ -123,8 +127,16 @@ class UNet(nn.Module):
         return kept
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[2], x.shape[3]
-        maps = self.encoder(x)
+        n, _, h, w = x.shape
+        x = pad_to_16(x)
+        if self.look_twice:
+            looks = torch.cat([x, x.flip([3])])  # as one batch: a file in 8 bits needs that
+            of_both = self.encoder(looks)
+            maps = [of_look[:n] for of_look in of_both]
+            mirrored = of_both[-1][n:]
+            maps[-1] = (maps[-1] + mirrored.flip([3])) / 2
+        else:
+            maps = self.encoder(x)
         if self.hardened:
             maps = self.keep_class_alone(maps)
         x = maps.pop()
@@ -134,22 +146,22 @@ class UNet(nn.Module):
             x = torch.cat([skip, x], dim=1)
             x = merge(x)
         delta = self.exit(x)
-        return delta[:, :, :h, :w]  # without what the encoder has padded
+        return delta[:, :, :h, :w]  # without the padding
 
 
 class Generator(nn.Module):
     """The protective perturbation generator: what the phone computes before anything leaves it.
 
     Images to protected images, both (N, 3, H, W) float32 RGB in [0, 1], H and W >= 16. The U-Net
-    works on the normalised image, so its delta is scaled back by the standard deviation. In the
-    hardened form, with the `codes` of UNet, x is not added: what leaves the phone is one of K
-    pictures (for each image size). Raises ValueError on any other shape.
+    works on the normalised image, so its delta is scaled back by the standard deviation. For
+    `look_twice` and `codes` see UNet. In the hardened form x is not added: what leaves the phone is
+    one of K pictures (for each image size). Raises ValueError on any other shape.
     """
 
-    def __init__(self, codes: Tensor | None = None):
+    def __init__(self, look_twice: bool = False, codes: Tensor | None = None):
         super().__init__()
         self.normalize = Normalize()
-        self.unet = UNet(codes)
+        self.unet = UNet(look_twice, codes)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != 3 or x.shape[2] < 16 or x.shape[3] < 16:
