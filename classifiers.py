@@ -278,7 +278,8 @@ def cut_out(x: Tensor, size: int) -> Tensor:
     """Hide a square under the mean colour, in each of images (N, 3, H, W) in [0, 1].
 
     It has size x size pixels, or fewer where the border cuts it, because its centre is anywhere in
-    the image (cutout: DeVries and Taylor 2017).
+    the image (cutout: DeVries and Taylor 2017). torchvision's RandomErasing would take one place
+    for a whole batch.
     """
     n, _, h, w = x.shape
     top = torch.randint(0, h, (n, 1, 1, 1), device=x.device) - size // 2

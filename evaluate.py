@@ -848,14 +848,14 @@ def main() -> None:
     clean_answers = {}  # to the original images
     for name in sorted(needed):
         classifiers[name] = load_classifier(name, args.device)
-        looks = ""
+        title = name
         if name == "encoder":
             clean_answers[name] = answers_of_two_looks(classifiers[name], images)
-            looks = ", looking twice"
+            title = "encoder, looking twice"
         else:
             clean_answers[name] = answers(classifiers[name], images)
         share = percent(clean_answers[name] == labels)
-        print(f"{name}{looks}: {share:.2f}% of {len(images):,} original images", flush=True)
+        print(f"{title}: {share:.2f}% of {len(images):,} original images", flush=True)
     images_sha256 = fingerprint(images, labels)
     results = read_results(out, images_sha256)
     results |= {"images": len(images), "images_sha256": images_sha256}

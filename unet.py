@@ -130,10 +130,10 @@ class UNet(nn.Module):
         n, _, h, w = x.shape
         x = pad_to_16(x)
         if self.look_twice:
-            looks = torch.cat([x, x.flip([3])])  # as one batch: a file in 8 bits needs that
-            of_both = self.encoder(looks)
-            maps = [of_look[:n] for of_look in of_both]
-            mirrored = of_both[-1][n:]
+            looks = torch.cat([x, x.flip([3])])  # one batch: the file in 8 bits needs that
+            maps_of_both = self.encoder(looks)
+            maps = [both[:n] for both in maps_of_both]
+            mirrored = maps_of_both[-1][n:]
             maps[-1] = (maps[-1] + mirrored.flip([3])) / 2
         else:
             maps = self.encoder(x)
